@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The ascend_direct authors
+
+"""Moving pages between device memory and a store: threads, deadlines, queues, breaker."""
+
+from ascend_direct.transfer.engine import LoadOutcome, TransferEngine, TransferLimits
+from ascend_direct.transfer.store_queue import StoreJob
+
+__all__ = ["LoadOutcome", "StoreJob", "TransferEngine", "TransferLimits"]
