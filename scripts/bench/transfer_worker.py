@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The ascend_direct authors
+
+"""Times transfers of one shape in a process of its own, which the native client demands.
+
+Owns the measurement; `bench.transfer` owns the pool, the choice of cases and what is shown. Every
+read is compared with what was written before its time counts. Rounds are interleaved: within one
+round each way moves the same pages once, in an order that turns.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ascend_direct.config import DirectConfig
+from ascend_direct.device import PASSED, Device
+from ascend_direct.metrics import Metrics
+from ascend_direct.store.base import Memory, StoreContext
+from ascend_direct.store.memcache import DIRECTIONS, MemcacheStore
+from ascend_direct.transfer import StoreJob, TransferEngine, TransferLimits
+from bench.shapes import SHAPES, Pool
+
+PUT, GET = DIRECTIONS[Memory.HOST]
+CALL_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one worker is to do; crosses to it as JSON."""
+
+    config: dict[str, Any]
+    shape: str
+    pages: list[int]
+    rounds: int
+    in_flight: list[int]
+    batch_bytes: int
+
+
+class Case:
+    """One number of pages: the ways to move them, each returning seconds."""
+
+    def __init__(self, store: MemcacheStore, task: Task, pages: int) -> None:
+        self.pool = Pool(SHAPES[task.shape], pages)
+        self._native = store._native  # the bare call, on the one client a process can have
+        self._replicate = store._replicate
+        self._rng = np.random.default_rng(pages)
+        self.numbers = self._rng.permutation(np.arange(1, pages + 1))
+        self._rows = self.pool.layout.addresses(self.numbers).tolist()
+        self._sizes = [list(self.pool.layout.lengths_bytes)] * pages
+        self._mirror = [np.empty((pages, b.shape[1]), np.uint8) for b in self.pool.buffers]
+        limits = TransferLimits(
+            CALL_TIMEOUT_S, CALL_TIMEOUT_S, CALL_TIMEOUT_S, 1 << 40, task.batch_bytes
+        )
+        self.engine = TransferEngine(
+            store, self.pool.layout, Device("cpu"), limits, Metrics(), lambda keys: None
+        )
+        self.engine.start()
+        self.pool.fill(self._rng)
+        self._expected = self.pool.checksum(self.numbers)
+
+    # ---- writes ----------------------------------------------------------------------------
+
+    def copy(self, keys: Sequence[str]) -> float:
+        """One thread, the same fragments, no pool: what the memory of this machine gives."""
+        begin_s = time.perf_counter()
+        for buffer, mirror in zip(self.pool.buffers, self._mirror, strict=True):
+            np.take(buffer, self.numbers, axis=0, out=mirror)
+        return time.perf_counter() - begin_s
+
+    def bare_put(self, keys: Sequence[str]) -> float:
+        """One native call, its arguments ready."""
+        begin_s = time.perf_counter()
+        codes = self._native.batch_put_from_layers(
+            list(keys), self._rows, self._sizes, PUT, self._replicate
+        )
+        took_s = time.perf_counter() - begin_s
+        _demand(list(codes) == [0] * len(keys), f"put answered {set(codes)}")
+        return took_s
+
+    def store(self, keys: Sequence[str]) -> float:
+        """What a write-back does: queue, fence, ask, put."""
+        job = StoreJob(list(keys), lambda: self.numbers, PASSED, 0)
+        begin_s = time.perf_counter()
+        self.engine.stores.submit(job)
+        job.returned.wait(CALL_TIMEOUT_S)
+        took_s = time.perf_counter() - begin_s
+        _demand(self.engine.stores.pop(), "a store failed")
+        return took_s
+
+    # ---- reads -----------------------------------------------------------------------------
+
+    def bare_get(self, keys: Sequence[str], threads: int = 1) -> float:
+        """Native calls, their arguments ready; with `threads`, as many at a time."""
+        shares = [slice(t, None, threads) for t in range(threads)]
+        calls = [(list(keys[s]), self._rows[s], self._sizes[s]) for s in shares]
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(len, calls))  # the threads are up before the clock runs
+            begin_s = time.perf_counter()
+            if threads == 1:
+                codes = list(self._native.batch_get_into_layers(*calls[0], GET))
+            else:
+                got = pool.map(lambda c: self._native.batch_get_into_layers(*c, GET), calls)
+                codes = [code for part in got for code in part]
+            took_s = time.perf_counter() - begin_s
+        _demand(codes == [0] * len(keys), f"get answered {set(codes)}")
+        return took_s
+
+    def load(self, keys: Sequence[str]) -> float:
+        """What a request waits for."""
+        begin_s = time.perf_counter()
+        outcome = self.engine.load(list(keys), lambda: self.numbers, PASSED)
+        took_s = time.perf_counter() - begin_s
+        _demand(outcome.landed, "a load was refused")
+        return took_s
+
+    # ---- rounds ----------------------------------------------------------------------------
+
+    def round(self, number: int, in_flight: Sequence[int]) -> dict[str, float]:
+        """Each way once; seconds by name."""
+        keys = [f"bench:{number}:{page}" for page in self.numbers]
+        own = [f"{key}:own" for key in keys]
+        writes: list[tuple[str, Callable[[], float]]] = [
+            ("memcpy", lambda: self.copy(keys)),
+            ("bare put", lambda: self.bare_put(keys)),
+            ("store", lambda: self.store(own)),
+        ]
+        reads: list[tuple[str, Callable[[], float]]] = [
+            ("bare get", lambda: self.bare_get(keys)),
+            ("load", lambda: self.load(own)),
+        ]
+        for threads in in_flight:
+            if 1 < threads <= len(keys):
+                reads.append((f"bare get x{threads}", lambda t=threads: self.bare_get(keys, t)))  # type: ignore[misc]
+        times = {name: call() for name, call in _turned(writes, number)}
+        for name, call in _turned(reads, number):
+            self.pool.clear()
+            times[name] = call()
+            _demand(
+                self.pool.checksum(self.numbers) == self._expected, f"{name}: wrong bytes arrived"
+            )
+        self._native.remove_batch([*keys, *own])
+        return times
+
+
+def _turned(ways: list[Any], number: int) -> list[Any]:
+    turn = number % len(ways)
+    return ways[turn:] + ways[:turn]
+
+
+def _demand(holds: bool, message: str) -> None:
+    if not holds:
+        raise RuntimeError(message)
+
+
+def main(arguments: str, out_path: str) -> None:
+    """Run all cases of a task; one JSON line per case, written when it is done."""
+    task = Task(**json.loads(arguments))
+    store = MemcacheStore(DirectConfig.load(task.config, environ={}).memcache)
+    store.open(StoreContext())
+    try:
+        with Path(out_path).open("a", encoding="utf-8") as out:
+            for pages in task.pages:
+                case = Case(store, task, pages)
+                case.round(0, task.in_flight)  # first touches of memory and of the pool
+                rounds = [case.round(n, task.in_flight) for n in range(1, task.rounds + 1)]
+                times = {name: [r[name] for r in rounds] for name in rounds[0]}
+                line = {"shape": task.shape, "pages": pages, "seconds": times}
+                out.write(json.dumps(line) + "\n")
+                out.flush()
+    finally:
+        store.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
