@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,9 @@ class Pool:
         return self.run_dir / "processes.log"
 
 
-@pytest.fixture(scope="session")
-def pool() -> Iterator[Pool]:
+@contextmanager
+def running_pool() -> Iterator[Pool]:
+    """A MetaService and the member that gives the memory, until the block ends."""
     with memcache_pool.MetaServiceProcess(protocol="host_shm") as meta:
         section = {
             **COMMON,
@@ -79,6 +80,12 @@ def pool() -> Iterator[Pool]:
             yield Pool(meta, member, member.joined())
         finally:
             member.kill()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    with running_pool() as pool:
+        yield pool
 
 
 NewStore = Callable[..., StoreProcess]

@@ -109,45 +109,6 @@ def test_pages_put_by_a_pure_client_outlive_it_on_the_member(
     assert [arena.read(pages, row) for row in range(2)] == expected
 
 
-def test_pages_go_with_the_member_that_holds_them(
-    pool: Pool, new_store: NewStore, module_store: StoreProcess, rng: np.random.Generator
-) -> None:
-    arena, keys = pool.arena(), new_keys(1)
-    owner = new_store(arena, dram_size="64MB")
-    member_id = str(owner.member_id)
-    client = new_store(arena, preferred_members=[member_id])
-    assert client.put(keys, arena.place(1, LENGTHS, rng)) == [OK]
-    assert module_store.exists(keys) == [OK]
-    owner.kill()
-    deadline = time.monotonic() + 20
-    while module_store.exists(keys) == [OK] and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert module_store.exists(keys) == [MISSING]
-    assert client.put(new_keys(1), arena.place(1, LENGTHS, rng)) == [FULL], "the only choice died"
-
-
-def test_with_two_replicas_a_page_survives_its_first_holder(
-    pool: Pool, new_store: NewStore, module_store: StoreProcess, rng: np.random.Generator
-) -> None:
-    arena, keys = pool.arena(), new_keys(4)
-    second = new_store(arena, dram_size="64MB")
-    client = new_store(arena, replicas=2)
-    pages = arena.place(4, LENGTHS, rng)
-    arena.scramble(rng)
-    expected = [arena.read(pages, row) for row in range(4)]
-    assert client.put(keys, pages) == [OK] * 4
-    second.kill()
-    # Until MetaService has missed the member it still places replicas there.
-    deadline = time.monotonic() + 30
-    probe = arena.place(1, LENGTHS, rng)
-    while client.put(new_keys(1), probe) != [FULL]:
-        assert time.monotonic() < deadline, "one member is left: two replicas have no room"
-        time.sleep(0.2)
-    arena.bytes[:] = 0
-    assert client.get(keys, pages) == [OK] * 4
-    assert [arena.read(pages, row) for row in range(4)] == expected
-
-
 def test_stats_come_from_the_metrics_url(pool: Pool, module_store: StoreProcess) -> None:
     stats = module_store.stats()
     assert stats.capacity_bytes is not None
