@@ -4,6 +4,7 @@
 """What this process remembers about the pool, so that it need not ask again.
 
 `Beliefs`: keys known to be stored. A wrong belief costs a refused load, never wrong bytes.
+`Suspects`: keys that are stored but did not come back right; not to be offered for a while.
 `LookupMemo`: answers given to waiting requests, which SGLang matches again in every round.
 """
 
@@ -17,6 +18,9 @@ from typing import NamedTuple
 
 # A request that never finishes its attempt must not keep its memo for ever.
 MAX_MEMOS = 8192
+# The longest pause of the breaker: a page that stays bad costs one refused load in this time.
+SUSPECT_TTL_S = 30.0
+MAX_SUSPECTS = 65_536
 
 
 class Beliefs:
@@ -65,6 +69,44 @@ class Beliefs:
 
     def __len__(self) -> int:
         return len(self._expires_s)
+
+
+class Suspects:
+    """Bounded, ageing set of keys that the pool holds and did not deliver right.
+
+    Used by the scheduler thread alone.
+    """
+
+    def __init__(
+        self,
+        capacity: int = MAX_SUSPECTS,
+        ttl_s: float = SUSPECT_TTL_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._capacity = capacity
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._until_s: OrderedDict[str, float] = OrderedDict()
+
+    def add(self, keys: Iterable[str]) -> None:
+        """These failed now."""
+        until_s = self._clock() + self._ttl_s
+        for key in keys:
+            self._until_s[key] = until_s
+            self._until_s.move_to_end(key)
+        while len(self._until_s) > self._capacity:
+            self._until_s.popitem(last=False)
+
+    def clear_prefix(self, keys: Sequence[str]) -> int:
+        """How many leading keys are free of suspicion."""
+        now_s = self._clock()
+        while self._until_s and next(iter(self._until_s.values())) <= now_s:
+            self._until_s.popitem(last=False)
+        suspected = (i for i, key in enumerate(keys) if key in self._until_s)
+        return next(suspected, len(keys)) if self._until_s else len(keys)
+
+    def __len__(self) -> int:
+        return len(self._until_s)
 
 
 class _Memo(NamedTuple):

@@ -197,6 +197,16 @@ class DirectConfig(_Section):
     provider: dict[str, Any] = Field(
         default_factory=dict, description="Options of a third-party store, passed to it unread."
     )
+    on_pool_unavailable: Literal["fail", "degrade"] = Field(
+        "fail",
+        description="A pool that is unreachable at start: fail ends the server, degrade serves "
+        "without the pool and attaches when it appears.",
+    )
+    verify: Literal["off", "sample", "all"] = Field(
+        "off",
+        description="Check loaded pages against a digest stored beside them: none, one page in 16, "
+        "or all; all uses only pages that were stored with all.",
+    )
     load_mode: Literal["sync"] = Field("sync", description="When pages are read from the pool.")
     replica_read: Literal["auto", "sharded", "every_rank"] = Field(
         "auto",

@@ -30,6 +30,7 @@ class Counts:
     load_us: int = 0
     loads_failed: int = 0
     loads_late: int = 0
+    loads_corrupt: int = 0
     stores: int = 0
     store_pages: int = 0
     store_bytes: int = 0
@@ -42,6 +43,7 @@ class Counts:
     breaker_opened: int = 0
 
 
+_TROUBLE = ("failed", "late", "corrupt", "dropped", "timed")
 NAMES = tuple(field.name for field in fields(Counts))
 
 
@@ -71,7 +73,7 @@ class Metrics:
         troubles = {
             name: now[name]
             for name in NAMES
-            if now[name] and any(word in name for word in ("failed", "late", "dropped", "timed"))
+            if now[name] and any(word in name for word in _TROUBLE)
         }
         return (
             f"pool: {now['loads']} loads ({now['load_pages']} pages, {load_gbps:.2f} GB/s), "

@@ -28,7 +28,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
 )
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
-from ascend_direct.beliefs import LookupMemo
+from ascend_direct.beliefs import LookupMemo, Suspects
 from ascend_direct.errors import LayoutError
 from ascend_direct.integration import factory
 from ascend_direct.integration.replicas import WHOLE, ReadChoice
@@ -75,6 +75,7 @@ class CacheControllerDirect(UnifiedCacheLinker):
         # Pages so far, the same on all ranks: shares go on where the last ones ended.
         self._offered_pages = 0
         self._loaded_pages = 0
+        self._suspects = Suspects()
         self._memo = LookupMemo(parts.config.lookup_memo_ms / 1e3)
         self._page_size = params.page_size
         self._min_pages = -(-parts.config.min_load_tokens // params.page_size)
@@ -120,6 +121,9 @@ class CacheControllerDirect(UnifiedCacheLinker):
             held = self._ask(keys)
             self._memo.note(rid, keys, held)
         hit = self._shard.prefix(held // self._keys.per_page, len(hashes))
+        if self._suspects:  # of any rank's share: the others do not know
+            whole = self._keys.keys(hashes[:hit])
+            hit = self._suspects.clear_prefix(whole) // self._keys.per_page
         self.metrics.add(lookup_hit_pages=hit)
         return list(range(self._min_pages, hit + 1))
 
@@ -162,6 +166,7 @@ class CacheControllerDirect(UnifiedCacheLinker):
             self._beliefs.confirm(keys)
         else:
             self._beliefs.doubt(outcome.bad_keys)
+            self._suspects.add(outcome.suspect_keys)
         if sharded and not landed:  # who missed a page need not be who answers for it in lookups
             self._beliefs.doubt(self._keys.keys(transfer.keys))
         if not still:

@@ -25,7 +25,9 @@ from ascend_direct.integration.replicas import WHOLE, Exchange, Shard
 from ascend_direct.metrics import Metrics
 from ascend_direct.page_key import REPLICATED, Namespace, PageKeys, rank_part
 from ascend_direct.page_layout import PageLayout
+from ascend_direct.store.attach import AttachingStore
 from ascend_direct.store.base import PageStore, StoreContext, provider
+from ascend_direct.store.verified import VerifiedStore
 from ascend_direct.transfer import TransferEngine, TransferLimits
 
 
@@ -87,7 +89,7 @@ def build(server_args: Any, params: Any, components: Any, extra: Mapping[str, An
     device = Device.of(pool.device)
     metrics = Metrics()
     beliefs = Beliefs(config.belief_pages, config.belief_ttl_ms / 1e3)
-    store = choose_store(config)
+    store = _with_options(choose_store(config), config, metrics)
     with ExitStack() as undo:
         undo.callback(store.close)
         store.open(
@@ -101,6 +103,14 @@ def build(server_args: Any, params: Any, components: Any, extra: Mapping[str, An
     return Parts(
         config, layout, keys, shard, exchange, ranks, device, engine, beliefs, metrics, store.name
     )
+
+
+def _with_options(store: PageStore, config: DirectConfig, metrics: Metrics) -> PageStore:
+    if config.on_pool_unavailable == "degrade":
+        store = AttachingStore(store)
+    if config.verify != "off":
+        store = VerifiedStore(store, config.verify, lambda: metrics.add(loads_corrupt=1))
+    return store
 
 
 def _layout(pool: Any, params: Any, components: Any) -> PageLayout:

@@ -100,12 +100,15 @@ def _store_problems(config: DirectConfig, device: str | None) -> list[str]:
     try:
         store = choose_store(config)
         reasons = list(store.problems())
+        away = store.unreachable()
         store.close()
     except ConfigError as error:
         return list(error.reasons)
     except Exception as error:  # noqa: BLE001 (a store may be anybody's code)
         what = f"{type(error).__name__}: {error}"
         return [f"store {config.store!r} fails ({what}): install what it needs or use another."]
+    if away and config.on_pool_unavailable == "fail":
+        reasons.append(away)
     if store.name == "local" and str(device).split(":")[0] != "cpu":
         reasons.append(f"store 'local' cannot reach the memory of {device}: use memcache.")
     return reasons

@@ -29,7 +29,7 @@ class PageStatus(enum.Enum):
 
     OK = "ok"
     MISSING = "missing"  # nobody holds the key
-    MISMATCH = "mismatch"  # an object is there, but not of this size
+    MISMATCH = "mismatch"  # an object is there, but not of this size, or not the bytes stored
     FULL = "full"  # no room; the page was not stored
     UNAVAILABLE = "unavailable"  # the pool, or the member that holds the page, does not answer
     FAILED = "failed"  # anything else; the store logs the native code
@@ -113,6 +113,14 @@ class PageStore(ABC):
         Called in the launcher before any memory is taken: cheap, and bounded to a few seconds.
         """
         return []
+
+    def unreachable(self) -> str:
+        """Why the pool does not answer at this moment, with what to do; "" if it does.
+
+        Apart from `problems`, because a server may be told to start without a pool. Called in the
+        launcher: bounded to a few seconds.
+        """
+        return ""
 
     @abstractmethod
     def open(self, context: StoreContext) -> None:

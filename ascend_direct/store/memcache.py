@@ -87,16 +87,22 @@ class MemcacheStore(PageStore):
     # ---- joining and leaving ----------------------------------------------------------------
 
     def problems(self) -> list[str]:
-        reasons = self._problems_here(self._config)
+        return self._problems_here(self._config) + self._problems_of_pool()
+
+    def unreachable(self) -> str:
         try:
-            return reasons + self._problems_of_pool()
+            self._require_listening()
         except StoreUnavailable as error:
-            return [*reasons, f"{error}."]
+            return f"{error}."
+        return ""
 
     def open(self, context: StoreContext) -> None:
         deadline = time.monotonic() + self._config.connect_timeout_ms / 1e3
         config = memcache_host.for_rank(self._config, context.rank)
-        reasons = self._problems_here(config) or self._problems_of_pool()
+        reasons = self._problems_here(config)
+        if not reasons:
+            self._require_listening()
+            reasons = self._problems_of_pool()
         if reasons:
             raise ConfigError(reasons)
         memcache_host.warn_about_open_secrets(config.tls)
@@ -151,9 +157,11 @@ class MemcacheStore(PageStore):
             reasons += [taken] if taken else []
         return reasons
 
-    def _problems_of_pool(self) -> list[str]:
+    def _require_listening(self) -> None:
         for option in ("meta_service_url", "config_store_url"):
             require_listening(option, getattr(self._config, option))
+
+    def _problems_of_pool(self) -> list[str]:
         # A wrong world_size would be found by the native client after 83 s of retries.
         links = self._http.links() if self._http else None
         own = self._config.world_size

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 # A cold prompt misses its first page, so the first question is short; a warm one pays one more.
 FIRST_PROBE_KEYS = 64
 PROBE_KEYS = 1024
+# Answers to a get after which the next one may well be the same, although `exists` says OK.
+_SUSPECT = (PageStatus.MISMATCH, PageStatus.UNAVAILABLE, PageStatus.FAILED)
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,14 @@ class LoadOutcome:
         landed: every byte of every page is in place.
         late: set when a native call is still running and may write to the pages until it returns.
         bad_keys: keys whose pages the pool did not deliver.
+        suspect_keys: those of them that are in the pool and cannot be had: of another size,
+            damaged, or on a member that does not answer.
     """
 
     landed: bool
     late: Ticket[list[PageStatus]] | None = None
     bad_keys: tuple[str, ...] = ()
+    suspect_keys: tuple[str, ...] = ()
 
 
 class TransferEngine:
@@ -184,7 +189,8 @@ class TransferEngine:
         if bad:
             self._metrics.add(loads_failed=1)
             logger.warning("load refused: %d of %d pages not delivered", len(bad), len(keys))
-            return LoadOutcome(False, bad_keys=bad)
+            suspect = (k for k, s in zip(keys, statuses, strict=False) if s in _SUSPECT)
+            return LoadOutcome(False, bad_keys=bad, suspect_keys=tuple(suspect))
         self._metrics.add(
             loads=1,
             load_pages=len(keys),

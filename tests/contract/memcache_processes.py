@@ -67,6 +67,7 @@ class StoreProcess(PageStore):
         section: Mapping[str, Any],
         arena: SharedArena,
         log_path: Path,
+        prefix: Sequence[str] = (),
     ) -> None:
         self._arena = arena
         self._numbers = itertools.count()
@@ -76,7 +77,7 @@ class StoreProcess(PageStore):
         setup = json.dumps([dict(section), str(arena.path), len(arena.bytes)])
         with log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno()), setup],
+                [*prefix, sys.executable, "-m", __name__, str(theirs.fileno()), setup],
                 cwd=ROOT,
                 env={**os.environ, **environment},
                 pass_fds=[theirs.fileno()],
@@ -91,6 +92,9 @@ class StoreProcess(PageStore):
 
     def problems(self) -> list[str]:
         return list(self.call("problems"))
+
+    def unreachable(self) -> str:
+        return str(self.call("unreachable"))
 
     def open(self, context: StoreContext) -> None:
         self.call("open", context.memory.value, context.rank)
@@ -163,12 +167,17 @@ class PoolMember:
     """`ascend-direct pool member`, from its first line to its exit code."""
 
     def __init__(
-        self, environment: Mapping[str, str], section: Mapping[str, Any], log_path: Path
+        self,
+        environment: Mapping[str, str],
+        section: Mapping[str, Any],
+        log_path: Path,
+        prefix: Sequence[str] = (),
     ) -> None:
         config = json.dumps({"memcache": dict(section)})
+        command = [sys.executable, "-m", COMMAND, "pool", "member", "--json", "--config", config]
         with log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", COMMAND, "pool", "member", "--json", "--config", config],
+                [*prefix, *command],
                 cwd=ROOT,
                 env={**os.environ, **environment},
                 stdout=subprocess.PIPE,
@@ -196,12 +205,19 @@ class PoolMember:
 class FixedMetaService:
     """A MetaService with given ports, for tests that kill it and start it again."""
 
-    def __init__(self, environment: Mapping[str, str], ports: Sequence[int], run_dir: Path) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        ports: Sequence[int],
+        run_dir: Path,
+        host: str = "127.0.0.1",
+        prefix: Sequence[str] = (),
+    ) -> None:
         meta, store, metrics = ports
         self.section = {
-            "meta_service_url": f"tcp://127.0.0.1:{meta}",
-            "config_store_url": f"tcp://127.0.0.1:{store}",
-            "metrics_url": f"http://127.0.0.1:{metrics}",
+            "meta_service_url": f"tcp://{host}:{meta}",
+            "config_store_url": f"tcp://{host}:{store}",
+            "metrics_url": f"http://{host}:{metrics}",
         }
         self._config = json.dumps(
             {
@@ -210,16 +226,23 @@ class FixedMetaService:
                 "metrics_port": metrics,
                 "log_path": str(run_dir),
                 "lease_ttl_ms": 100,
+                "host": host,
             }
         )
         self._environment = environment
         self._run_dir = run_dir
+        self._prefix = prefix
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         with (self._run_dir / "fixed_meta_service.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(ROOT / "scripts" / "memcache_pool.py"), self._config],
+                [
+                    *self._prefix,
+                    sys.executable,
+                    str(ROOT / "scripts" / "memcache_pool.py"),
+                    self._config,
+                ],
                 env={**os.environ, **self._environment},
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -268,6 +291,9 @@ class _Worker:
 
     def problems(self) -> list[str]:
         return self.store.problems()
+
+    def unreachable(self) -> str:
+        return self.store.unreachable()
 
     def exists(self, keys: list[str]) -> list[str]:
         return [status.value for status in self.store.exists(keys)]

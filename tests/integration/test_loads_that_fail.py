@@ -18,6 +18,8 @@ from .prompts import counts, eventually, evict_all, prompt, serve_and_store
 
 CORES = ("rust", "python")
 TOKENS = prompt(200)
+# Long enough that the call has begun when it is left, on a busy machine too.
+SHORT = {"load_timeout_ms": 150}
 
 
 def _drop_one_after_lookup(b) -> None:
@@ -116,7 +118,7 @@ def _start_late_load(b, tokens=TOKENS):
 @pytest.mark.parametrize("kind", ["gqa", "mla"])
 def test_slots_of_a_late_load_are_withheld_until_its_call_returns(make, core, kind) -> None:
     a = make(core=core, kind=kind)
-    b = make(core=core, kind=kind, tokens=640, config={"load_timeout_ms": 30})
+    b = make(core=core, kind=kind, tokens=640, config=SHORT)
     first = serve_and_store(a, TOKENS)
     served = _start_late_load(b)
     withheld = b.controller._quarantine[0].slots.numpy()
@@ -125,6 +127,7 @@ def test_slots_of_a_late_load_are_withheld_until_its_call_returns(make, core, ki
     # Everything that is left is used, and nothing of it is what the late call will write to.
     others = [prompt(100, seed=s) for s in range(1, 7)]
     for other in others:
+        eventually(lambda: b.controller.engine.stores.held_bytes == 0)  # what is queued is pinned
         b.serve(other)
         audit(b)
     assert not b.planes[0].memory[withheld].all()
@@ -145,7 +148,7 @@ def test_slots_of_a_late_load_are_withheld_until_its_call_returns(make, core, ki
 
 
 def test_while_a_call_hangs_requests_recompute_at_once(make) -> None:
-    a, b = make(), make(config={"load_timeout_ms": 30}, tokens=1600)
+    a, b = make(), make(config=SHORT, tokens=1600)
     serve_and_store(a, TOKENS)
     serve_and_store(a, prompt(200, seed=1))
     served = _start_late_load(b)
@@ -161,7 +164,7 @@ def test_while_a_call_hangs_requests_recompute_at_once(make) -> None:
 
 
 def test_after_a_late_load_has_returned_loads_work_again(make) -> None:
-    a, b = make(), make(config={"load_timeout_ms": 30})
+    a, b = make(), make(config=SHORT)
     serve_and_store(a, TOKENS)
     b.abort(_start_late_load(b))
     b.store.faults["get"].release()
@@ -172,7 +175,7 @@ def test_after_a_late_load_has_returned_loads_work_again(make) -> None:
 
 
 def test_a_late_load_that_meets_a_full_device_pool_waits_instead_of_failing(make) -> None:
-    a, b = make(), make(config={"load_timeout_ms": 30}, tokens=320)
+    a, b = make(), make(config=SHORT, tokens=320)
     serve_and_store(a, TOKENS)
     b.store.faults["get"].hold()
     served = b.submit(TOKENS)
@@ -187,7 +190,7 @@ def test_a_late_load_that_meets_a_full_device_pool_waits_instead_of_failing(make
 
 
 def test_a_flush_waits_for_a_late_load_and_for_stores(make, shared) -> None:
-    a, b = make(), make(config={"load_timeout_ms": 30})
+    a, b = make(), make(config=SHORT)
     serve_and_store(a, TOKENS)
     b.store.faults["put"].hold()
     b.abort(_start_late_load(b))
@@ -218,7 +221,7 @@ def test_a_flush_waits_for_a_late_load_and_for_stores(make, shared) -> None:
 
 
 def test_closing_with_a_late_load_in_flight_is_quiet(make) -> None:
-    a, b = make(), make(config={"load_timeout_ms": 30})
+    a, b = make(), make(config=SHORT)
     serve_and_store(a, TOKENS)
     b.abort(_start_late_load(b))
     threading.Timer(0.1, b.store.faults["get"].release).start()

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from ascend_direct.beliefs import MAX_MEMOS, Beliefs, LookupMemo
+from ascend_direct.beliefs import MAX_MEMOS, Beliefs, LookupMemo, Suspects
 
 
 class Clock:
@@ -75,3 +75,26 @@ def test_memos_of_requests_that_never_end_are_bounded() -> None:
     assert len(memo) == MAX_MEMOS
     memo.forget(str(MAX_MEMOS))
     assert memo.recall(str(MAX_MEMOS), ["a"]) is None
+
+
+def test_a_suspect_ends_the_prefix_until_its_time_is_over() -> None:
+    clock = Clock()
+    suspects = Suspects(10, 30.0, clock)
+    assert suspects.clear_prefix(["a", "b"]) == 2
+    suspects.add(["b"])
+    assert suspects.clear_prefix(["a", "b", "c"]) == 1
+    assert suspects.clear_prefix(["a", "c"]) == 2
+    clock.now_s += 20
+    suspects.add(["b"])
+    clock.now_s += 20
+    assert suspects.clear_prefix(["b"]) == 0
+    clock.now_s += 10
+    assert suspects.clear_prefix(["b"]) == 1
+    assert len(suspects) == 0
+
+
+def test_suspects_are_bounded_and_the_oldest_go_first() -> None:
+    suspects = Suspects(2, 30.0, Clock())
+    suspects.add(["a", "b", "c"])
+    assert len(suspects) == 2
+    assert suspects.clear_prefix(["a", "b"]) == 1

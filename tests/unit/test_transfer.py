@@ -145,6 +145,22 @@ def test_a_load_that_stops_at_a_bad_batch_does_not_count_the_rest_as_delivered(
     assert set(KEYS[4:]) <= set(outcome.bad_keys)  # batches of four: these were never read
 
 
+def test_a_page_that_is_there_and_cannot_be_had_is_suspect_a_missing_one_is_not(
+    make, shared
+) -> None:
+    a = make()
+    a.put(KEYS, range(1, 11))
+    shared.drop(KEYS[0])
+    a.store.faults["get"].statuses = {
+        KEYS[1]: PageStatus.MISMATCH,
+        KEYS[2]: PageStatus.UNAVAILABLE,
+        KEYS[3]: PageStatus.FAILED,
+    }
+    outcome = a.engine.load(KEYS, lambda: np.arange(1, 11), PASSED)
+    assert outcome.suspect_keys == tuple(KEYS[1:4])
+    assert set(outcome.bad_keys) == set(KEYS), "the next batches were not read"
+
+
 def test_a_pool_that_raises_refuses_the_load(make) -> None:
     a = make()
     a.put(KEYS, range(1, 11))
@@ -344,6 +360,67 @@ def test_closing_while_a_call_hangs_is_bounded(make) -> None:
     begin = time.monotonic()
     a.engine.close(timeout_s=0.1)
     assert time.monotonic() - begin < 1.0
+
+
+def test_a_load_does_not_wait_behind_stores(make) -> None:
+    a = make()
+    a.put(KEYS, range(1, 11))
+    a.store.faults["put"].hold()
+    for i in range(20):
+        a.engine.stores.submit(a.job([f"x{i}"], [1]))
+    assert a.store.faults["put"].entered.wait(5)
+    assert a.engine.load(KEYS[:4], pages_of(20, 21, 22, 23), PASSED).landed
+    assert not a.store.faults["put"]._gate.is_set(), "the stores are still under way"
+
+
+def test_while_the_breaker_is_open_no_call_and_no_thread_is_troubled(make) -> None:
+    a = make()
+    a.store.faults["exists"].fails_after_keys = 0
+    while not a.engine.in_trouble:
+        a.engine.stored_prefix(KEYS)
+    a.engine._breaker._closed_again_at_s += 3600.0
+    calls, ticket = a.store.counts["exists"].calls, a.engine._asking._current
+    for _ in range(1000):
+        assert a.engine.stored_prefix(KEYS) is None
+    assert a.store.counts["exists"].calls == calls
+    assert a.engine._asking._current is ticket, "the scheduler did not even hand a call over"
+
+
+def test_nothing_grows_while_the_pool_never_answers(make) -> None:
+    limit_bytes = 8 * LAYERS * SPAN_BYTES
+    a = make(
+        store_queue_bytes=limit_bytes,
+        lookup_timeout_s=0.01,
+        load_timeout_s=0.01,
+        store_timeout_s=0.02,
+    )
+    for fault in a.store.faults.values():
+        fault.hold()
+    threads = threading.active_count()
+    a.engine.stores.submit(a.job(["hangs"], [2]))
+    assert a.store.faults["exists"].entered.wait(5)
+
+    def all_reported() -> bool:  # as the cache does in its rounds
+        if a.engine.stores.head_is_late():
+            a.engine.stores.surrender_head()
+        for _ in range(a.engine.stores.completed()):
+            a.engine.stores.pop()
+        return not a.engine.stores._unreported
+
+    for i in range(300):
+        a.engine.stored_prefix([f"l{i}"])
+        a.engine.load([f"l{i}"], pages_of(1), PASSED)
+        a.engine.stores.submit(a.job([f"s{i}"], [2]))
+        all_reported()
+        assert a.engine.stores.held_bytes <= limit_bytes
+    eventually(all_reported)
+    a.engine.stores.submit(a.job(["behind a call that hangs"], [2]))
+    assert all_reported()
+    assert not a.engine.stores._waiting
+    assert a.engine.stores.held_bytes <= LAYERS * SPAN_BYTES, "the pages of the call that hangs"
+    assert threading.active_count() == threads
+    assert a.store.counts["exists"].calls <= 2, "one lookup and one store hang; nobody else asks"
+    assert a.store.counts["get"].calls <= 1
 
 
 def test_close_ends_all_threads(make) -> None:
