@@ -26,7 +26,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import ascend_emulation
@@ -51,6 +50,7 @@ class ServiceConfig:
     metrics_port: int
     log_path: str
     lease_ttl_ms: int
+    host: str = HOST
 
 
 @dataclass(frozen=True)
@@ -172,17 +172,28 @@ class MetaServiceProcess:
         self._end_process()
         if self._run_dir is not None and self._given_run_dir is None:
             shutil.rmtree(self._run_dir, ignore_errors=True)
-        self._run_dir = None
+        self._run_dir, self._config = None, None
+
+    def kill(self) -> None:
+        """SIGKILL, as in a crash; the addresses stay, for `start_again`."""
+        if self._process is not None:
+            self._process.kill()
+        self._end_process()
+
+    def send_signal(self, number: int) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def start_again(self) -> None:
+        """After `kill`: a new process at the same addresses, in the same run directory."""
+        self._spawn(self._running_config())
+        if not self._becomes_healthy():
+            raise PoolError(self._failure())
 
     def __enter__(self) -> MetaServiceProcess:
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _start_on_free_ports(self) -> None:
@@ -294,7 +305,7 @@ class MetaServiceProcess:
         return "\n".join(parts)
 
     def _running_config(self) -> ServiceConfig:
-        if self._config is None or self._process is None:
+        if self._config is None:
             raise PoolError("the MetaService is not running: start it first")
         return self._config
 
@@ -372,9 +383,9 @@ def _serve(config: ServiceConfig) -> int:
     from memcache_hybrid import MetaConfig, MetaService
 
     settings = MetaConfig()
-    settings.meta_service_url = f"tcp://{HOST}:{config.meta_port}"
-    settings.config_store_url = f"tcp://{HOST}:{config.store_port}"
-    settings.metrics_url = f"http://{HOST}:{config.metrics_port}"
+    settings.meta_service_url = f"tcp://{config.host}:{config.meta_port}"
+    settings.config_store_url = f"tcp://{config.host}:{config.store_port}"
+    settings.metrics_url = f"http://{config.host}:{config.metrics_port}"
     settings.log_path = config.log_path
     settings.lease_ttl_ms = config.lease_ttl_ms
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()

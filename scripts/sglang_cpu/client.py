@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -71,12 +71,15 @@ class SGLangClient:
         stream: bool = True,
         sampling: Mapping[str, Any] | None = None,
         timeout_s: float = 300.0,
+        on_part: Callable[[list[int]], None] | None = None,
         **fields: Any,
     ) -> Generation:
         """Answer one prompt (ids or text), greedily unless `sampling` says otherwise.
 
         `fields` go into the request as they are (`rid`, `cache_salt`, `lora_path`,
         `bootstrap_room`, ...). `timeout_s` bounds the wait for each next part of the answer.
+        `on_part` is called with the ids so far at each part of a streamed answer; what it raises
+        ends the request as a client does that goes away.
         """
         prompt_field = "text" if isinstance(input_ids, str) else "input_ids"
         prompt = input_ids if isinstance(input_ids, str) else list(input_ids)
@@ -86,7 +89,7 @@ class SGLangClient:
         with closing(self._open("/generate", body, timeout_s)) as response:
             if not stream:
                 return _generation(json.load(response), None, started)
-            return _last_of_stream(response, started)
+            return _last_of_stream(response, started, on_part)
 
     def generate_many(
         self,
@@ -163,7 +166,9 @@ def _events(response: HTTPResponse) -> Iterator[dict[str, Any]]:
     raise RequestError(0, "the answer broke off before its end")
 
 
-def _last_of_stream(response: HTTPResponse, started: float) -> Generation:
+def _last_of_stream(
+    response: HTTPResponse, started: float, on_part: Callable[[list[int]], None] | None = None
+) -> Generation:
     ttft_s: float | None = None
     last: dict[str, Any] = {}
     output_ids: list[int] = []
@@ -178,6 +183,8 @@ def _last_of_stream(response: HTTPResponse, started: float) -> Generation:
         # --incremental-streaming-output sends only the new ids, the default sends all so far.
         is_whole = len(part) >= event["meta_info"].get("completion_tokens", 0)
         output_ids = part if is_whole else [*output_ids, *part]
+        if on_part is not None:
+            on_part(output_ids)
     if not last:
         raise RequestError(0, "the answer was empty")
     return _generation({**last, "output_ids": output_ids}, ttft_s, started)

@@ -28,6 +28,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+import psutil  # type: ignore[import-untyped]
+
 from .client import Generation, RequestError, SGLangClient
 from .process_tree import ProcessTree
 
@@ -265,6 +267,10 @@ class SGLangServer(SGLangClient):
     def peak_rss_bytes(self) -> int:
         """Peak resident memory of all its processes; an upper bound (shared pages count twice)."""
         return self._tree.peak_rss_bytes() if self._tree else 0
+
+    def processes(self) -> list[psutil.Process]:
+        """Its live processes."""
+        return self._tree.processes() if self._tree else []
 
     def pss_bytes(self) -> int:
         """Memory that its processes take now."""

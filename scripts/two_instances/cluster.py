@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import memcache_pool
-from sglang_cpu.server import SGLangServer
+from sglang_cpu.server import LAUNCHER, SGLangServer
 
 FLAG = "--enable-hierarchical-cache-direct"
 MEMBER_START_TIMEOUT_S = 60.0
@@ -76,6 +76,13 @@ class LocalPool(Pool):
         self._size = size
         self._path: Path | None = None
 
+    @property
+    def path(self) -> Path:
+        """Its directory; only while it is started."""
+        if self._path is None:
+            raise PoolProcessError("the local pool has no directory before it is started")
+        return self._path
+
     def start(self) -> None:
         root = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self._path = Path(tempfile.mkdtemp(prefix="ascend_direct-", dir=root))
@@ -108,15 +115,21 @@ class MemcachePool(Pool):
     Args:
         protocol: MemCache data path.
         members: processes that give DRAM; each holds `member_size`.
+        world_size: most processes in the pool; one that was killed counts until it is missed.
     """
 
     def __init__(
-        self, protocol: str = "host_shm", members: int = 1, member_size: str = "1GB"
+        self,
+        protocol: str = "host_shm",
+        members: int = 1,
+        member_size: str = "1GB",
+        world_size: int = 16,
     ) -> None:
         self.name = f"MemCache ({protocol}, driver emulation)"
         self._protocol = protocol
         self._member_size = member_size
         self._member_count = members
+        self._world_size = world_size
         self.meta = memcache_pool.MetaServiceProcess(protocol=protocol)
         self.members: list[subprocess.Popen[bytes]] = []
         self._logs = Path(tempfile.mkdtemp(prefix="pool-member-"))
@@ -128,12 +141,25 @@ class MemcachePool(Pool):
         self.meta.wait_linked(self._member_count, MEMBER_START_TIMEOUT_S)
 
     def add_member(self) -> subprocess.Popen[bytes]:
-        """Start one more process that holds pages."""
-        log_path = self._logs / f"member-{len(self.members)}.log"
+        """Start one more process that holds pages, and wait until it has joined."""
+        log_path = self._member_log(len(self.members))
+        member = self._spawn_member(log_path)
+        self.members.append(member)
+        self._wait_alive(member, log_path)
+        return member
+
+    def replace_member(self, number: int) -> None:
+        """Start a member in place of one that has ended; does not wait until it has joined."""
+        self.members[number] = self._spawn_member(self._member_log(number))
+
+    def _member_log(self, number: int) -> Path:
+        return self._logs / f"member-{number}.log"
+
+    def _spawn_member(self, log_path: Path) -> subprocess.Popen[bytes]:
         command = [str(Path(sys.executable).parent / "ascend-direct"), "pool", "member"]
         command += ["--config", json.dumps(self.options()), "--dram-size", self._member_size]
-        with log_path.open("wb") as log:
-            member = subprocess.Popen(
+        with log_path.open("ab") as log:
+            return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -141,9 +167,6 @@ class MemcachePool(Pool):
                 env={**os.environ, **self.environment()},
                 start_new_session=True,
             )
-        self.members.append(member)
-        self._wait_alive(member, log_path)
-        return member
 
     def _wait_alive(self, member: subprocess.Popen[bytes], log_path: Path) -> None:
         deadline_s = time.monotonic() + MEMBER_START_TIMEOUT_S
@@ -169,7 +192,7 @@ class MemcachePool(Pool):
                 "metrics_url": self.meta.metrics_url,
                 "protocol": self._protocol,
                 "max_dram_size": self._member_size,
-                "world_size": 16,
+                "world_size": self._world_size,
             },
         }
 
@@ -204,6 +227,7 @@ class Cluster:
         direct: options of the cache, on top of the pool's.
         servers: names of the servers on the pool, or name → tensor-parallel ranks.
         reference: also start a server with the radix cache off.
+        launcher: what starts a server, before its arguments.
     """
 
     def __init__(
@@ -217,8 +241,10 @@ class Cluster:
         reference: bool = True,
         log_dir: Path | None = None,
         progress: Progress = print,
+        launcher: Sequence[str] = LAUNCHER,
     ) -> None:
         self.pool = pool
+        self._launcher = launcher
         self._model = model
         self._server_args = list(server_args)
         self._direct = direct or {}
@@ -264,6 +290,7 @@ class Cluster:
             name=name,
             log_path=log_path,
             progress=self._progress,
+            launcher=self._launcher,
         )
         self.servers[name] = server
         self._undo.callback(server.stop)

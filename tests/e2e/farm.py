@@ -173,7 +173,7 @@ class Watch:
     def check(self) -> None:
         """Wait for rest, then assert it."""
         with ThreadPoolExecutor() as pool:
-            used = dict(zip(self._servers, pool.map(_used_at_rest, self._servers), strict=True))
+            used = dict(zip(self._servers, pool.map(used_at_rest, self._servers), strict=True))
         for server, tokens in used.items():
             alarms = [line for line in self.log(server).splitlines() if ALARM.search(line)]
             assert not alarms, f"{server.name}: {alarms[:5]} in {server.log_path}"
@@ -181,9 +181,9 @@ class Watch:
             assert tokens == 0, f"{server.name}: {tokens} tokens are still pinned or withheld"
 
 
-def _used_at_rest(server: SGLangServer) -> int:
-    """Used tokens once they do not fall any more: 0, or what is stuck."""
-    deadline_s = time.monotonic() + REST_TIMEOUT_S
+def used_at_rest(server: SGLangServer, timeout_s: float = REST_TIMEOUT_S) -> int:
+    """Used tokens once there are none, or what is stuck after `timeout_s`."""
+    deadline_s = time.monotonic() + timeout_s
     while server.is_running:
         server.is_healthy()  # a request: an idle scheduler sleeps and would not collect results
         tokens = used_tokens(server)
