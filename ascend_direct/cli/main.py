@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from ascend_direct import __version__
-from ascend_direct.cli import pool
+from ascend_direct.cli import pool, pool_clear
 
 app = typer.Typer(
     name="ascend-direct",
@@ -28,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
+pool.app.command()(pool_clear.clear)
 app.add_typer(pool.app, name="pool")
 
 COMPANIONS = ("sglang", "memcache-hybrid", "torch", "torch-npu")

@@ -8,7 +8,6 @@ Runs in each scheduler process, after SGLang made its KV pool.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from ascend_direct.metrics import Metrics
 from ascend_direct.page_key import REPLICATED, Namespace, PageKeys, rank_part
 from ascend_direct.page_layout import PageLayout
 from ascend_direct.store.attach import AttachingStore
-from ascend_direct.store.base import PageStore, StoreContext, provider
+from ascend_direct.store.base import PageStore, StoreContext
+from ascend_direct.store.choice import choose_store
 from ascend_direct.store.verified import VerifiedStore
 from ascend_direct.transfer import TransferEngine, TransferLimits
 
@@ -46,22 +46,6 @@ class Parts:
     beliefs: Beliefs
     metrics: Metrics
     store_name: str
-
-
-def choose_store(config: DirectConfig) -> PageStore:
-    """The store the configuration names, not opened.
-
-    Raises:
-        ConfigError: it is not installed, or its section is wrong.
-    """
-    name = config.store
-    if name == "auto":
-        name = "memcache" if importlib.util.find_spec("memcache_hybrid") else "local"
-    sections: dict[str, Mapping[str, Any]] = {
-        "memcache": config.memcache.model_dump(),
-        "local": config.local.model_dump(),
-    }
-    return provider(name)(dict(sections.get(name, config.provider)))
 
 
 def build(server_args: Any, params: Any, components: Any, extra: Mapping[str, Any]) -> Parts:

@@ -18,10 +18,10 @@ from typing import Any
 from ascend_direct.config import DirectConfig
 from ascend_direct.errors import ConfigError
 from ascend_direct.integration import seam
-from ascend_direct.integration.factory import choose_store
 from ascend_direct.integration.mode import conflicts
 from ascend_direct.model_identity import MODEL_FIELDS, model_fields
 from ascend_direct.names import ACTIVE_ENV, BACKEND, FLAG
+from ascend_direct.store.choice import choose_store
 
 logger = logging.getLogger(__name__)
 

@@ -155,6 +155,18 @@ class PageStore(ABC):
             StoreUnavailable: the call failed as a whole; any of the pages may have been stored.
         """
 
+    def clear(self, prefix: str) -> int | None:
+        """Remove the pages whose keys start with `prefix`, "" for all; for tools, not for servers.
+
+        Returns:
+            How many were removed; None when the store cannot tell.
+
+        Raises:
+            ConfigError: this store cannot do that.
+            StoreUnavailable: pages are left.
+        """
+        raise ConfigError([f"store {self.name!r} cannot remove pages: use its own tools."])
+
     @abstractmethod
     def stats(self) -> StoreStats:
         """A cheap snapshot; never raises."""

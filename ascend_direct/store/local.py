@@ -18,6 +18,7 @@ off: storing into a mapped page that a full disk cannot back is a SIGBUS; write(
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import struct
@@ -48,6 +49,7 @@ _HEADROOM_BYTES = 256 * MIB
 _NOTED_USES = 1024
 _NOTED_S = 5.0
 _ATTEMPTS = 3
+_CLEARED_PAGES = 1024
 _CLOSE_WAIT_S = 10.0
 _NO_ROOM = (lmdb.MapFullError, lmdb.TxnFullError, lmdb.DiskError, lmdb.MemoryError, MemoryError)
 # Codes without a class of their own; EIO is what LMDB makes of a write cut short by a full disk.
@@ -125,6 +127,22 @@ class LocalStore(base.PageStore):
                 some = {name: row for name, row in rows[first : first + step][::-1] if name}
                 stored |= self._put_some(env, some, spans, pages.page_bytes)
         return _answers(names, stored, PageStatus.FULL)
+
+    def clear(self, prefix: str) -> int | None:
+        start, removed = prefix.encode(), 0
+        with self._call("clear") as env, self._writer:
+            while True:  # in steps, so that servers get their turn
+                with env.begin(write=True) as txn, txn.cursor(db=self._stamps) as cursor:
+                    names = cursor.iternext(values=False) if cursor.set_range(start) else ()
+                    some = list(itertools.islice(names, _CLEARED_PAGES))
+                    some = [name for name in some if name.startswith(start)]
+                    for name in some:
+                        txn.delete(txn.get(name, db=self._stamps), db=self._ages)
+                        txn.delete(name, db=self._stamps)
+                        txn.delete(name, db=self._objects)
+                if not some:
+                    return removed
+                removed += len(some)
 
     def stats(self) -> StoreStats:
         try:

@@ -36,6 +36,7 @@ from ascend_direct.store.base import (
     StoreContext,
     StoreStats,
 )
+from ascend_direct.store.memcache_clear import remove_pages
 from ascend_direct.store.memcache_codes import JOIN_RACE, UNKNOWN, Code, CodeLog
 from ascend_direct.store.meta_service import MetaServiceHttp, require_listening
 
@@ -242,6 +243,9 @@ class MemcacheStore(PageStore):
 
         rows = _sendable_rows(keys, pages)
         return self._per_key("put", rows, len(keys), memcache_codes.PUT_CODES, call_until_linked)
+
+    def clear(self, prefix: str) -> int | None:
+        return remove_pages(self._opened("clear"), self._http, prefix)
 
     def stats(self) -> StoreStats:
         usage = self._http.usage() if self._http is not None else None

@@ -24,6 +24,9 @@ from ascend_direct.errors import StoreUnavailable
 CONNECT_TIMEOUT_S = 3.0
 POLL_INTERVAL_S = 0.1
 _MAX_ANSWER_BYTES = 8 << 20
+# A list of keys has about 100 bytes for each, and is asked for by tools only.
+_MAX_LIST_BYTES = 1 << 30
+LIST_TIMEOUT_S = 60.0
 _NO_WORLD_SIZE = (1 << 32) - 1
 # Nobody there, not HTTP, not JSON, not the expected JSON, and JSON nested to break the parser.
 _NO_ANSWER = (
@@ -94,6 +97,7 @@ class MetaServiceHttp:
     """
 
     def __init__(self, url: str, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+        self._url = url
         self._parts = urlsplit(url)
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
@@ -122,6 +126,21 @@ class MetaServiceHttp:
         except _NO_ANSWER:
             return None
 
+    def keys(self, prefix: str) -> list[str]:
+        """The keys of the pool that start with `prefix`.
+
+        Raises:
+            StoreUnavailable: no answer.
+        """
+        asking = MetaServiceHttp(self._url, LIST_TIMEOUT_S)
+        try:
+            names = asking._get("/get_all_keys", _MAX_LIST_BYTES).splitlines()
+        except _NO_ANSWER as error:
+            raise StoreUnavailable("keys", f"{self._url} does not list them ({error})") from error
+        finally:
+            asking.close()
+        return [name for name in names if name.startswith(prefix)]
+
     def wait_linked(self, timeout_s: float) -> Links | None:
         """Poll until every member is linked; the last answer, complete or not, when time is up."""
         deadline = time.monotonic() + timeout_s
@@ -136,22 +155,22 @@ class MetaServiceHttp:
         with self._lock:
             self._drop()
 
-    def _get(self, path: str) -> str:
+    def _get(self, path: str, limit_bytes: int = _MAX_ANSWER_BYTES) -> str:
         with self._lock:
             fresh = self._connection is None
             try:
-                return self._ask(path)
+                return self._ask(path, limit_bytes)
             except (OSError, http.client.HTTPException):
                 self._drop()
                 if fresh:
                     raise
             try:  # the service may have closed an idle connection, or have been restarted
-                return self._ask(path)
+                return self._ask(path, limit_bytes)
             except (OSError, http.client.HTTPException):
                 self._drop()
                 raise
 
-    def _ask(self, path: str) -> str:
+    def _ask(self, path: str, limit_bytes: int) -> str:
         if self._connection is None:
             secure = self._parts.scheme == "https"
             kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
@@ -160,7 +179,7 @@ class MetaServiceHttp:
             )
         self._connection.request("GET", path)
         answer = self._connection.getresponse()
-        body = answer.read(_MAX_ANSWER_BYTES)
+        body = answer.read(limit_bytes)
         if answer.status != http.client.OK or not answer.isclosed():
             raise http.client.HTTPException(f"{path}: status {answer.status}")
         return body.decode("utf-8", "replace")

@@ -46,6 +46,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Modules that only servers with an option run; not in the core's budget, nor in a store's.
 OPTIONAL = {
     "store/attach.py": "on_pool_unavailable: degrade",
+    "store/memcache_clear.py": "pool clear",
     "store/verified.py": "verify: sample, all",
     "store/device_copy.py": "verify, where the KV pool is device memory",
 }
@@ -71,7 +72,7 @@ def code_lines(path: Path) -> int:
 
 def store_of(path: Path) -> str | None:
     """The store that a module of store/ belongs to; None for the protocol."""
-    if unit(path) != "store" or path.stem in ("__init__", "base") or is_optional(path):
+    if unit(path) != "store" or path.stem in ("__init__", "base", "choice") or is_optional(path):
         return None
     return "local" if path.stem.startswith(("local", "host_copy")) else "memcache"
 
