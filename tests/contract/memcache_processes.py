@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
@@ -173,6 +174,7 @@ class PoolMember:
         log_path: Path,
         prefix: Sequence[str] = (),
     ) -> None:
+        self._log_path = log_path
         config = json.dumps({"memcache": dict(section)})
         command = [sys.executable, "-m", COMMAND, "pool", "member", "--json", "--config", config]
         with log_path.open("ab") as log:
@@ -188,7 +190,9 @@ class PoolMember:
     def joined(self) -> dict[str, Any]:
         """Its first line of output."""
         assert self.process.stdout is not None
-        event: dict[str, Any] = json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        assert line, f"the member ended with {self.process.wait()}: {self._log_path.read_text()}"
+        event: dict[str, Any] = json.loads(line)
         return event
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
@@ -281,7 +285,8 @@ class _Worker:
         self.section = section
         store = create(section)
         assert isinstance(store, MemcacheStore)
-        self.store = store
+        self.bare = store
+        self.store: Any = store
 
     def run(self, method: str, *arguments: Any) -> Any:
         return getattr(self, method)(*arguments)
@@ -321,6 +326,53 @@ class _Worker:
     def signal_handlers(self) -> str:
         status = Path("/proc/self/status").read_text()
         return "\n".join(line for line in status.splitlines() if line.startswith("SigCgt"))
+
+    def wrap(self, option: str) -> None:
+        """As the factory does for an option."""
+        from ascend_direct.store.attach import AttachingStore
+        from ascend_direct.store.verified import VerifiedStore
+
+        attach = option == "on_pool_unavailable"
+        self.bare = self.store
+        self.store = (
+            AttachingStore(self.store) if attach else VerifiedStore(self.store, "all", lambda: None)
+        )
+
+    def remove(self, key: str) -> None:
+        """As an eviction would."""
+        assert self.bare._native.remove(key) == 0
+
+    def put_unverified(self, keys: list[str], offsets: Any, lengths: tuple[int, ...]) -> None:
+        assert self.bare.put(keys, self._pages(offsets, lengths)) == [PageStatus.OK] * len(keys)
+
+    def get_within_a_put(self, key: str, size_bytes: int, timeout_s: float) -> bool:
+        """Whether some get of a small page began and ended while one put of large pages ran."""
+        large = self._pages(np.zeros((16, 1), np.int64), (size_bytes,))
+        small = self._pages(np.zeros((1, 1), np.int64), (64,))
+        self.store.put([key], small)
+        puts = list[tuple[float, float]]()
+        over = threading.Event()
+
+        def put_and_put_again() -> None:
+            for number in itertools.count():
+                begin_s = time.monotonic()
+                self.store.put([f"{key}:{number}:{page}" for page in range(16)], large)
+                puts.append((begin_s, time.monotonic()))
+                if over.is_set():
+                    return
+
+        thread = threading.Thread(target=put_and_put_again)
+        thread.start()
+        deadline_s = time.monotonic() + timeout_s
+        found, gets = False, list[tuple[float, float]]()
+        while not found and time.monotonic() < deadline_s:
+            begin_s = time.monotonic()
+            self.store.get([key], small)
+            gets.append((begin_s, time.monotonic()))
+            found = any(p[0] < g[0] and g[1] < p[1] for p in puts[-9:] for g in gets[-999:])
+        over.set()
+        thread.join()
+        return found
 
     def close_behind_its_back(self) -> None:
         assert self.store._native.close() == 0

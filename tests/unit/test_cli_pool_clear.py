@@ -93,7 +93,7 @@ def test_it_asks_and_names_the_pool_and_anything_but_yes_is_no(section, answer) 
     result = clear(section, answer=answer)
     assert result.exit_code == 1
     assert f"Remove all pages of ascend_direct from the pool {section['path']}?" in result.stderr
-    assert result.stdout.strip() == ""  # click echoes the input
+    assert "removed" not in result.stdout
     assert len(left(section)) == 9
 
 
