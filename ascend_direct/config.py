@@ -45,7 +45,7 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         ValueError: not a size.
     """
-    match = re.fullmatch(r"\s*(\d+)\s*([KMGT]?B?)\s*", str(text).upper())
+    match = re.fullmatch(r"\s*([0-9]+)\s*([KMGT]?B?)\s*", str(text).upper())
     unit = match and (match[2] if match[2].endswith("B") or not match[2] else match[2] + "B")
     if match is None or unit not in _UNITS:
         raise ValueError(f"{text!r} is not a size; write for example 512MB or 4GB")
@@ -62,14 +62,14 @@ def _size_text(text: str) -> str:
 
 
 def _tcp_url(url: str) -> str:
-    match = re.fullmatch(r"tcp://(?:[^\s/:]+|\[[0-9A-Fa-f:]+\]):(\d{1,5})", url)
+    match = re.fullmatch(r"tcp://(?:[^\s/:]+|\[[0-9A-Fa-f:]+\]):([0-9]{1,5})", url)
     if match is None or not 0 < int(match[1]) < 1 << 16:
         raise ValueError(f"{url!r} is not tcp://host:port; use for example tcp://10.0.0.1:5000")
     return url
 
 
 def _http_url(url: str) -> str:
-    match = re.fullmatch(r"https?://[^\s/]+:(\d{1,5})", url)
+    match = re.fullmatch(r"https?://[^\s/]+:([0-9]{1,5})", url)
     if url and (match is None or not 0 < int(match[1]) < 1 << 16):
         raise ValueError(f"{url!r} is not http://host:port; use for example http://10.0.0.1:8000")
     return url
@@ -113,6 +113,10 @@ class TlsConfig(_Section):
     key_pass_path: str = Field("", description="File with the key's passphrase; empty for none.")
     package_path: str = Field("", description="Directory of the OpenSSL libraries MemCache loads.")
     decrypter_path: str = Field("", description="Library that decrypts the passphrase file.")
+
+    def __repr_args__(self) -> list[tuple[str | None, Any]]:
+        """Where keys lie is not for logs, whoever prints this."""
+        return [("enabled", self.enabled)]
 
     @model_validator(mode="after")
     def _complete(self) -> TlsConfig:

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
+import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ascend_direct.names import ACTIVE_ENV, CONFIG_FLAG
+
+_log = logging.getLogger(__name__)
 
 ENV_PREFIX = "ASCEND_DIRECT_"
 # Not options: set by the plugin itself for the processes it starts.
@@ -57,7 +62,7 @@ def read(source: Any, reasons: list[str]) -> dict[str, Any]:
     try:
         if isinstance(source, str) and source.startswith("@"):
             where = source[1:]
-            source = Path(where).expanduser().read_text(encoding="utf-8-sig")
+            source = _read_file(Path(where).expanduser())
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nobody's home directory
         reasons.append(f"cannot read the file {where!r} ({error}); use @/path/to/file.json.")
         return {}
@@ -72,6 +77,18 @@ def read(source: Any, reasons: list[str]) -> dict[str, Any]:
         reasons.append(f'{where} is not a JSON object; use one such as {{"store": "memcache"}}.')
         return {}
     return data
+
+
+def _read_file(path: Path) -> str:
+    """The text of a configuration file; says when others than its owner may change it."""
+    with path.open(encoding="utf-8-sig") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        text = file.read()
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        _log.warning(
+            "%s has mode %03o: whoever may write it decides where KV goes (chmod go-w)", path, mode
+        )
+    return text
 
 
 def _parsed(text: str) -> Any:

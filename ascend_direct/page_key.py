@@ -29,7 +29,7 @@ FieldValue = None | bool | int | str | Sequence["FieldValue"] | Mapping[str, "Fi
 # ":" is the separator, so no part may hold one. 200 leaves room for the rest below 256 bytes.
 _PAGE_HASH = re.compile(r"[0-9A-Za-z_.\-]{1,200}")
 _NAMESPACE = re.compile(r"[0-9a-f]{16}")
-_RANK_PART = re.compile(r"-|r\d{1,5}of\d{1,5}|h\d{1,5}-\d{1,5}")
+_RANK_PART = re.compile(r"-|r[0-9]{1,5}of[0-9]{1,5}|h[0-9]{1,5}-[0-9]{1,5}")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import os
 import struct
 import threading
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,8 +41,8 @@ from ascend_direct.store.local_file import open_environment
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1
-_HEADER = struct.Struct("<4sIQ")  # magic, format, page bytes
+_FORMAT = 2
+_HEADER = struct.Struct("<4sIQI")  # magic, format, page bytes, checksum: LMDB has none of its own
 _TABLES = (b"objects", b"stamps", b"ages")
 _WRITE_BYTES = 8 * MIB  # per transaction, so that other processes get their turn
 _HEADROOM_BYTES = 256 * MIB
@@ -200,7 +201,7 @@ class LocalStore(base.PageStore):
             try:
                 if attempt:
                     self._make_room(env, need_bytes)
-                objects = {name: _object(spans, rows[name], page_bytes) for name in new}
+                objects = {name: _object(name, spans, rows[name], page_bytes) for name in new}
                 with env.begin(write=True) as txn:
                     self._stamp(txn, [*self._take_uses(), *held])
                     if new and self._live_bytes(txn) + need_bytes > self._capacity_bytes:
@@ -301,18 +302,20 @@ def _read(txn: Any, name: bytes | None, spans: HostSpans, row: int, page_bytes: 
     value = txn.get(name)  # faults the pages in without the GIL; the copy only moves bytes
     if value is None:
         return PageStatus.MISSING
-    if len(value) != _HEADER.size + page_bytes or value[: _HEADER.size] != _header(page_bytes):
+    page = value[_HEADER.size :]
+    if len(page) != page_bytes or value[: _HEADER.size] != _header(name, page):
         return PageStatus.MISMATCH
     spans.scatter(row, value, _HEADER.size)
     return PageStatus.OK
 
 
-def _object(spans: HostSpans, row: int, page_bytes: int) -> bytearray:
+def _object(name: bytes, spans: HostSpans, row: int, page_bytes: int) -> bytearray:
     value = bytearray(_HEADER.size + page_bytes)
-    value[: _HEADER.size] = _header(page_bytes)
     spans.gather(row, value, _HEADER.size)
+    value[: _HEADER.size] = _header(name, memoryview(value)[_HEADER.size :])
     return value
 
 
-def _header(page_bytes: int) -> bytes:
-    return _HEADER.pack(b"ADKV", _FORMAT, page_bytes)
+def _header(name: bytes, page: Any) -> bytes:
+    checksum = zlib.crc32(page, zlib.crc32(name))
+    return _HEADER.pack(b"ADKV", _FORMAT, len(page), checksum)

@@ -22,7 +22,7 @@ import lmdb
 from ascend_direct.config import MIB, LocalConfig
 from ascend_direct.errors import ConfigError
 
-_FORMAT = 1
+_FORMAT = 2
 _FILES = ("data.mdb", "lock.mdb")
 _LOCK_WAIT_S = 3.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

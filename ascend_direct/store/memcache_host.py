@@ -36,6 +36,7 @@ EMULATION_ENV = "ASCEND_EMULATION"
 EMULATION_RUN_DIR_ENV = "ASCEND_EMULATION_RUN_DIR"
 # What the native client takes over when it is made, to clean up and die.
 TAKEN_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+_SECRETS = ("key_path", "key_pass_path")
 # Larger than `struct sigaction` anywhere: it is saved and put back unread.
 _SIGACTION_BYTES = 512
 INSTALL = "pip install 'ascend-direct[memcache]'"
@@ -162,18 +163,21 @@ def _tls(tls: TlsConfig) -> Iterator[str]:
 
 
 def warn_about_open_secrets(tls: TlsConfig) -> None:
-    """Log which secret files others than their owner may read."""
-    for option in ("key_path", "key_pass_path"):
+    """Log which files of TLS others than their owner may read, where secret, or change."""
+    if not tls.enabled:
+        return
+    for option in sorted(TlsConfig.model_fields.keys() - {"enabled"}):
         value = getattr(tls, option)
-        if not (tls.enabled and value):
+        if not value:
             continue
         mode = stat.S_IMODE(os.stat(value).st_mode)
-        if mode & (stat.S_IRWXG | stat.S_IRWXO):
-            logger.warning(
-                "memcache.tls.%s has mode %03o: only its owner should read it (chmod 600)",
-                option,
-                mode,
-            )
+        if option in _SECRETS and mode & (stat.S_IRWXG | stat.S_IRWXO):
+            advice = "only its owner should read it (chmod 600)"
+        elif mode & (stat.S_IWGRP | stat.S_IWOTH):
+            advice = "only its owner should change it (chmod go-w)"
+        else:
+            continue
+        logger.warning("memcache.tls.%s has mode %03o: %s", option, mode, advice)
 
 
 @contextlib.contextmanager

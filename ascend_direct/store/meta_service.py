@@ -9,6 +9,7 @@ own the data path, and never imports the native client: tools ask without joinin
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
@@ -177,9 +178,17 @@ class MetaServiceHttp:
             self._connection = kind(
                 self._parts.hostname or "", self._parts.port, timeout=self._timeout_s
             )
-        self._connection.request("GET", path)
-        answer = self._connection.getresponse()
-        body = answer.read(limit_bytes)
+        if self._connection.sock is None:
+            self._connection.connect()
+        # The socket's own timeout starts again with every byte; this one bounds the whole answer.
+        alarm = threading.Timer(self._timeout_s, _hang_up, (self._connection.sock,))
+        alarm.start()
+        try:
+            self._connection.request("GET", path)
+            answer = self._connection.getresponse()
+            body = answer.read(limit_bytes)
+        finally:
+            alarm.cancel()
         if answer.status != http.client.OK or not answer.isclosed():
             raise http.client.HTTPException(f"{path}: status {answer.status}")
         return body.decode("utf-8", "replace")
@@ -188,6 +197,11 @@ class MetaServiceHttp:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def _hang_up(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it may have been closed
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _naturals(*values: Any) -> list[int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +24,15 @@ import pytest
 import torch.distributed as dist
 from sglang.srt.utils import rank_consensus_checker
 
+from ascend_direct.errors import StoreUnavailable
 from ascend_direct.integration.radix_cache import LATE_STORE_ROUNDS
 
+from ..fakes.memory_store import MemoryStore
 from .audit import audit, check_all_evictable, drain
 from .file_pool import FilePool
 from .instance import Instance
 from .oracle import Ledger
-from .prompts import counts, evict_all, prompt, serve_and_store
+from .prompts import counts, eventually, evict_all, prompt, serve_and_store
 from .walk import WALK_CONFIG, Walk
 
 TOKENS = prompt(200)
@@ -239,6 +242,51 @@ def store_with_fault(rank: int, group: Any, folder: Path, what: str, where: int)
         r.barrier()
         b = r.make()
         return {"failed": first, "again": serve_and_store(b, TOKENS).tiers["storage"]}
+
+
+def attach_one_after_the_other(
+    rank: int, group: Any, folder: Path, where: int, kind: str
+) -> dict[str, Any]:
+    """The pool is away at start; one rank reaches it long before the other does."""
+    with ranks(rank, group, folder) as r, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ascend_direct.store.attach.FIRST_PAUSE_S", 0.01)
+        a = r.make(kind=kind)
+        serve_and_store(a, TOKENS)
+        r.barrier()
+        reachable = threading.Event()
+        opens = MemoryStore.open
+
+        def open_when_reachable(store: MemoryStore, context: Any) -> None:
+            if not reachable.is_set():
+                raise StoreUnavailable("connect", "nobody listens")
+            opens(store, context)
+
+        patch.setattr(MemoryStore, "open", open_when_reachable)
+        b = r.make(kind=kind, config={"on_pool_unavailable": "degrade", "write_policy": "off"})
+        got = [_storage(r, b)]
+        if rank == where:
+            _reach(b, reachable)
+        r.barrier()
+        got.append(_storage(r, b))
+        _reach(b, reachable)
+        r.barrier()
+        return {"got": [*got, _storage(r, b)], "loads": counts(b)["loads"]}
+
+
+def _reach(instance: Instance, reachable: threading.Event) -> None:
+    reachable.set()
+    eventually(lambda: instance.controller.engine._store.attached)
+    instance.controller.engine._breaker.succeeded()  # or it would take its pause first
+    instance.controller.engine._load_breaker.succeeded()
+
+
+def _storage(r: Ranks, instance: Instance) -> int:
+    evict_all(instance)
+    served = instance.serve(TOKENS)
+    drain(instance)
+    r.alike(instance)
+    storage: int = served.tiers["storage"]
+    return storage
 
 
 def other_tp_size(

@@ -102,6 +102,17 @@ def test_a_store_that_fails_on_one_rank_unpins_on_both(pair, what, where) -> Non
         assert ranks[1 - where]["failed"] == 0
 
 
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_that_reach_a_late_pool_one_by_one_use_it_together(pair, kind, where) -> None:
+    for rank in pair.run("attach_one_after_the_other", kind=kind, where=where):
+        assert rank["got"][0] == 0, "nobody has reached it"
+        # Of MLA pages rank 0's share begins with the first, and that one it can answer for alone.
+        alone = 16 if (kind, where) == ("mla", 0) else 0
+        assert rank["got"][1] == alone, "one rank has"
+        assert rank["got"][2] == 192, "both have"
+
+
 @pytest.mark.parametrize(
     ("kind", "heads_per_object", "storage"), [("gqa", 1, 192), ("gqa", 0, 0), ("mla", 0, 192)]
 )

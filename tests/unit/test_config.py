@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,13 +14,12 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from ascend_direct.config import GIB, KIB, MIB, DirectConfig, option_names, parse_bytes
 from ascend_direct.config_text import ENV_INTERNAL, ENV_PREFIX, variable
 from ascend_direct.errors import ConfigError
+from ascend_direct.store.memcache import MemcacheStore
 
 HCOM_URL = "tcp://10.1.2.3:7000"
 SECRETS = {
@@ -196,6 +196,30 @@ def test_what_goes_to_a_child_process_makes_the_same_configuration() -> None:
     assert load(json.loads(config.describe()), config.secret_environment()) == config
 
 
+@pytest.mark.parametrize(("mode", "told"), [(0o600, False), (0o644, False), (0o664, True)])
+def test_a_file_that_others_may_write_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, told: bool
+) -> None:
+    file = tmp_path / "options.json"
+    file.write_text('{"store": "local"}')
+    file.chmod(mode)
+    with caplog.at_level(logging.WARNING):
+        assert load(f"@{file}").store == "local"
+    assert ("has mode 664: whoever may write it" in caplog.text) is told
+
+
+def test_tls_is_in_no_log_line_and_in_no_message_of_a_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a server logs of its configuration, and what its store says of broken TLS files."""
+    config = load({"store": "memcache", "memcache": {"tls": {"enabled": True, **SECRETS}}})
+    with caplog.at_level(logging.DEBUG):
+        said = [*MemcacheStore(config.memcache).problems(), config.describe()]
+        logging.getLogger("test").info("%s %r %s", config.public_dict(), config, said)
+    assert [reason for reason in said if "memcache.tls.key_path is not a file" in reason]
+    assert "/secret" not in caplog.text + "".join(said) + str(config.memcache.tls)
+
+
 def test_tls_is_described_nowhere() -> None:
     config = load({"memcache": {"tls": {"enabled": True, **SECRETS}, "world_size": 8}})
     for text in (config.describe(), json.dumps(config.public_dict())):
@@ -225,62 +249,3 @@ def test_every_option_has_a_description_that_is_a_sentence() -> None:
         for name, option in model.model_fields.items():
             assert option.description, f"{model.__name__}.{name}"
             assert option.description.endswith("."), f"{model.__name__}.{name}"
-
-
-# Any JSON, mixed with the names and values of real options so that checks are reached.
-_NAMES = sorted({part for name in option_names() for part in name.split(".")})
-_SCALARS = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text()
-    | st.sampled_from(["4GB", "local", "device_sdma", HCOM_URL, "/p", "~nobody/p", "\ud800"])
-)
-_KEYS = st.sampled_from(_NAMES) | st.text(max_size=8)
-_JSON = st.recursive(
-    _SCALARS,
-    lambda below: st.lists(below, max_size=3) | st.dictionaries(_KEYS, below, max_size=6),
-    max_leaves=12,
-)
-_VARIABLES = st.sampled_from([variable(name) for name in option_names()])
-_ENVIRONMENT = st.dictionaries(
-    _VARIABLES | st.text(max_size=8).map(ENV_PREFIX.__add__),
-    st.text(max_size=12) | _JSON.map(json.dumps),
-    max_size=4,
-)
-_FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-def _loads_or_says_why(source: Any, environ: Mapping[str, str]) -> None:
-    try:
-        config = load(source, environ)
-    except ConfigError:
-        return  # which always has reasons
-    assert load(json.loads(config.describe()), config.secret_environment()) == config
-
-
-@given(_JSON, _ENVIRONMENT)
-@_FUZZ
-def test_any_json_is_taken_or_refused_with_reasons(data: Any, environ: dict[str, str]) -> None:
-    _loads_or_says_why(json.dumps(data), environ)
-
-
-@given(_JSON | st.binary(max_size=4) | st.dictionaries(st.integers(), st.none()))
-@_FUZZ
-def test_any_object_from_python_is_taken_or_refused_with_reasons(data: Any) -> None:
-    _loads_or_says_why(data, {})
-
-
-@given(st.text() | st.text().map("@".__add__))
-@_FUZZ
-def test_any_text_is_taken_or_refused_with_reasons(text: str) -> None:
-    _loads_or_says_why(text, {})
-
-
-@given(st.binary(max_size=64))
-@settings(_FUZZ, suppress_health_check=list(HealthCheck))
-def test_any_file_is_taken_or_refused_with_reasons(tmp_path: Path, content: bytes) -> None:
-    file = tmp_path / "options.json"
-    file.write_bytes(content)
-    _loads_or_says_why(f"@{file}", {})

@@ -116,4 +116,8 @@ def test_a_private_key_that_others_may_read_is_warned_about_without_its_path(
         caplog.clear()
         paths["key_path"].chmod(0o600)
         memcache_host.warn_about_open_secrets(tls)
-    assert caplog.text == ""
+        assert caplog.text == ""
+        paths["ca_path"].chmod(0o664)
+        memcache_host.warn_about_open_secrets(tls)
+    assert "memcache.tls.ca_path has mode 664" in caplog.text
+    assert "change it" in caplog.text
