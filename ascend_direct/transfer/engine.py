@@ -142,7 +142,7 @@ class TransferEngine:
         known, size = 0, FIRST_PROBE_KEYS
         while known < len(keys) and not ticket.cancelled.is_set():
             chunk = keys[known : known + size]
-            statuses = _of_each(chunk, self._store.exists(chunk))
+            statuses = _of_each("exists", chunk, self._store.exists(chunk))
             held = next(
                 (i for i, status in enumerate(statuses) if status is not PageStatus.OK), len(chunk)
             )
@@ -231,7 +231,7 @@ class TransferEngine:
         rows = self._layout.addresses(job.pages())
         begin = time.monotonic()
         try:
-            present = _of_each(job.keys, self._store.exists(job.keys))
+            present = _of_each("exists", job.keys, self._store.exists(job.keys))
             todo = [i for i, status in enumerate(present) if status is not PageStatus.OK]
             failed = self._put_all(job, rows, todo)
         except StoreError as error:
@@ -258,8 +258,8 @@ class TransferEngine:
         failed = []
         for part in self._batches(len(todo)):
             chosen = list(todo[part])
-            batch = self._batch(rows[chosen])
-            statuses = self._store.put([job.keys[i] for i in chosen], batch)
+            keys = [job.keys[i] for i in chosen]
+            statuses = _of_each("put", keys, self._store.put(keys, self._batch(rows[chosen])))
             failed += [i for i, s in zip(chosen, statuses, strict=True) if s is not PageStatus.OK]
         return failed
 
@@ -316,8 +316,8 @@ def _answer(ticket: Ticket[Result]) -> Result:
         raise StoreError("store", f"unexpected {type(error).__name__}: {error}") from error
 
 
-def _of_each(keys: Sequence[str], statuses: list[PageStatus]) -> list[PageStatus]:
+def _of_each(operation: str, keys: Sequence[str], statuses: list[PageStatus]) -> list[PageStatus]:
     """The statuses, one per key; a key without an answer must not pass for stored."""
     if len(statuses) != len(keys):
-        raise StoreError("exists", f"{len(statuses)} answers for {len(keys)} keys")
+        raise StoreError(operation, f"{len(statuses)} answers for {len(keys)} keys")
     return statuses

@@ -231,6 +231,18 @@ def test_stores_leave_a_failing_pool_alone_and_notice_that_it_is_back(make) -> N
     assert a.put(["and closed"], [2])
 
 
+def test_a_put_that_does_not_answer_for_every_page_is_a_failed_store_and_no_surprise(
+    make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = make()
+    whole = a.store.put
+    monkeypatch.setattr(a.store, "put", lambda keys, pages: whole(keys, pages)[:-1])
+    assert not a.put(KEYS[:3], [1, 2, 3])
+    assert a.metrics.snapshot()["store_failed_pages"] == 3
+    assert a.stored == []
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 def test_results_of_stores_come_in_the_order_of_submission(make) -> None:
     a = make()
     a.store.faults["put"].statuses["b"] = PageStatus.FULL
