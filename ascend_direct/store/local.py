@@ -177,7 +177,7 @@ class LocalStore(base.PageStore):
             self._calls += 1
         try:
             yield env
-        except lmdb.Error as error:
+        except (lmdb.Error, SystemError) as error:  # the binding's answer to a damaged file
             raise StoreUnavailable(operation, f"{self._path}: {error}") from error
         finally:
             with self._lock:

@@ -117,16 +117,17 @@ for path in sys.argv[2:]:
 """
 
 
-def _in_a_process(what: str, *paths: Path) -> list[tuple[str, int]]:
+def _in_a_process(what: str, *paths: Path) -> tuple[list[tuple[str, int]], int]:
+    """What was said of each file until the process ended, and how it ended."""
     command = [sys.executable, "-c", READER, what, *map(str, paths)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"{done.returncode} after {done.stdout}: {done.stderr}"
-    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()], done.returncode
 
 
 def test_a_file_with_flipped_bytes_or_a_cut_end_never_yields_wrong_pages(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    assert _in_a_process("write", whole) == [("served", 0)]
+    assert _in_a_process("write", whole) == ([("served", 0)], 0)
     paths, dice = [], random.Random(None if PROFILE == "deep" else 5)
     for number in range(DAMAGED_FILES):
         paths.append(tmp_path / str(number))
@@ -137,7 +138,13 @@ def test_a_file_with_flipped_bytes_or_a_cut_end_never_yields_wrong_pages(tmp_pat
             data[dice.randrange(len(data))] = dice.randrange(256)
         cut = dice.random() < 0.2
         file.write_bytes(data[: dice.randrange(len(data))] if cut else data)
-    said = _in_a_process("read", *paths)
-    assert len(said) == DAMAGED_FILES
-    assert [wrong for _, wrong in said] == [0] * DAMAGED_FILES
+    said, deaths = [], 0
+    while paths:
+        some, code = _in_a_process("read", *paths)
+        said += some
+        deaths += code != 0
+        paths = paths[len(some) + 1 :]
+    assert [wrong for _, wrong in said] == [0] * len(said)
     assert {what for what, _ in said} > {"served"}, "some damage was noticed at once"
+    # About one in a hundred such files makes LMDB itself abort: docs/operations.md says so.
+    assert deaths <= DAMAGED_FILES // 20
