@@ -211,7 +211,14 @@ class DirectConfig(_Section):
         description="Check loaded pages against a digest stored beside them: none, one page in 16, "
         "or all; all uses only pages that were stored with all.",
     )
-    load_mode: Literal["sync"] = Field("sync", description="When pages are read from the pool.")
+    load_mode: Literal["sync", "lookahead"] = Field(
+        "sync",
+        description="When pages are read: sync, while the prefill batch is built; lookahead, while "
+        "the request waits and others run.",
+    )
+    lookahead_percent: int = Field(
+        25, ge=1, le=100, description="lookahead: most of the KV pool that reads may hold."
+    )
     replica_read: Literal["auto", "sharded", "every_rank"] = Field(
         "auto",
         description="MLA under TP: ranks read a share each and exchange it, or all read all; auto "

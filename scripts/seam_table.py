@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The ascend_direct authors
 
-"""Writes the seam table of ascend_direct/integration/seam.py into docs/design.md."""
+"""Writes the seam table of ascend_direct/integration/seam_table.py into docs/design.md."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ascend_direct.integration.seam import SEAMS
+from ascend_direct.integration.seam_table import SEAMS
 
 DESIGN = Path(__file__).resolve().parents[1] / "docs" / "design.md"
 BEGIN, END = "<!-- seams: begin -->\n", "<!-- seams: end -->"

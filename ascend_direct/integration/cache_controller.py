@@ -17,8 +17,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -29,8 +27,9 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from ascend_direct.beliefs import LookupMemo, Suspects
-from ascend_direct.errors import LayoutError
 from ascend_direct.integration import factory
+from ascend_direct.integration.lookahead import LookAhead
+from ascend_direct.integration.pool_layout import page_numbers
 from ascend_direct.integration.replicas import WHOLE, ReadChoice
 from ascend_direct.transfer import LoadOutcome, StoreJob
 
@@ -82,6 +81,8 @@ class CacheControllerDirect(UnifiedCacheLinker):
         self._quarantine: deque[_Quarantined] = deque()
         self._detached = False
         self.forward_stream = forward_stream
+        ahead = parts.config.load_mode == "lookahead"
+        self.look_ahead = LookAhead(parts, forward_stream) if ahead else None
         self.pools = {PoolName.KV: params.token_to_kv_pool_allocator.get_kvcache()}
         # Loads are complete before the forward starts: nothing ever waits on this counter.
         _warm_up_page_hash(params.page_size)
@@ -112,6 +113,9 @@ class CacheControllerDirect(UnifiedCacheLinker):
         if self._detached or len(hashes) < self._min_pages:
             return []
         self.metrics.add(lookups=1)
+        if self.look_ahead is not None:
+            self.look_ahead.note(rid, hashes)
+            return []
         # Of pages that all ranks hold alike each rank asks for its share: SGLang intersects.
         keys = self._keys.keys(self._shard.of(hashes))
         held = self._memo.recall(rid, keys) if keys else 0
@@ -143,6 +147,8 @@ class CacheControllerDirect(UnifiedCacheLinker):
     def forget_request(self, rid: str) -> None:
         """The request is done; its lookup answer is of no more use."""
         self._memo.forget(rid)
+        if self.look_ahead is not None:
+            self.look_ahead.forget(rid)
 
     # ---- load ------------------------------------------------------------------------------
 
@@ -157,7 +163,7 @@ class CacheControllerDirect(UnifiedCacheLinker):
         keys = self._keys.keys(shard.of(transfer.keys))
         outcome = self.engine.load(
             keys,
-            lambda: shard.of(self._page_numbers(slots)),
+            lambda: shard.of(page_numbers(slots, self._page_size)),
             self._device.fence(self.forward_stream),
         )
         landed, still = self._agree(outcome)
@@ -190,18 +196,11 @@ class CacheControllerDirect(UnifiedCacheLinker):
         self._reading.agreed(-cost)
         return bool(landed), bool(quiet)
 
-    def _page_numbers(self, slots: torch.Tensor) -> npt.NDArray[np.int64]:
-        """Page of each run of page_size slots; on the transfer threads, never the scheduler's."""
-        first = slots[:: self._page_size].to("cpu", torch.int64).numpy()
-        if (first % self._page_size).any():
-            raise LayoutError(f"slots {first.tolist()} do not start pages of {self._page_size}")
-        pages: npt.NDArray[np.int64] = first // self._page_size
-        return pages
-
     @property
     def quarantined_tokens(self) -> int:
         """Slots withheld from SGLang's allocator."""
-        return sum(held.slots.numel() for held in self._quarantine)
+        ahead = 0 if self.look_ahead is None else self.look_ahead.held_tokens
+        return ahead + sum(held.slots.numel() for held in self._quarantine)
 
     def release_quarantined(self) -> list[torch.Tensor]:
         """Slots no rank's native call can touch any more, to be freed; same on all ranks."""
@@ -245,7 +244,7 @@ class CacheControllerDirect(UnifiedCacheLinker):
         self.engine.stores.submit(
             StoreJob(
                 keys=keys,
-                pages=lambda: shard.of(np.concatenate([self._page_numbers(s) for s in slots])),
+                pages=lambda: shard.of(page_numbers(torch.cat(slots), self._page_size)),
                 fence=self._device.fence(self.forward_stream),
                 size_bytes=len(keys) * self.layout.object_bytes,
             )
@@ -264,6 +263,8 @@ class CacheControllerDirect(UnifiedCacheLinker):
         """Use the pool no more. Every rank gets the same request, so all detach at one point."""
         if not self._detached:
             self._detached = True
+            if self.look_ahead is not None:
+                self.look_ahead.detached = True
             logger.warning(
                 "ascend_direct: %s; the pool is not used until the server is restarted", reason
             )
@@ -272,6 +273,8 @@ class CacheControllerDirect(UnifiedCacheLinker):
 
     def reset(self) -> None:
         """Quiesce. The shared pool keeps its pages; SGLang takes back all slots after this."""
+        if self.look_ahead is not None:
+            self.look_ahead.reset()
         self.engine.quiesce()
         self._memo.clear()
         self._quarantine.clear()

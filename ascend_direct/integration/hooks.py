@@ -8,10 +8,14 @@ Owns the patches and the check that they took. Each is a row of the seam table.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ascend_direct.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ascend_direct.integration.lookahead import LookAhead
 
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 WEIGHT_UPDATES = tuple(
@@ -25,6 +29,12 @@ WEIGHT_UPDATES = tuple(
     )
 )
 BEAM_SEARCH = "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init"
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."
+ROUND = _SCHEDULER + "_process_hicache_events"
+ADMISSION = _SCHEDULER + "_get_new_batch_prefill_raw"
+# How long a scheduler that holds requests back and has nothing else to do leaves the interpreter
+# to the transfer threads.
+IDLE_PAUSE_S = 0.0003
 BEAM_REFUSED = "Beam search is not supported with --enable-hierarchical-cache-direct."
 
 
@@ -49,7 +59,47 @@ def install(detach: Callable[[str], None]) -> None:
     for target in WEIGHT_UPDATES:
         HookRegistry.register(target, before_update, HookType.BEFORE)
     HookRegistry.register(BEAM_SEARCH, refuse_beams, HookType.AROUND)
+    _apply(*WEIGHT_UPDATES, BEAM_SEARCH)
+
+
+def install_look_ahead(cache: Any, look_ahead: LookAhead) -> None:
+    """Let the scheduler of this process look ahead, and pass over the requests it holds back.
+
+    Raises:
+        ConfigError: SGLang did not apply a hook.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def before_round(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+        look_ahead.round(cache, scheduler.waiting_queue)
+
+    def admit(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        waiting = scheduler.waiting_queue
+        held = [req for req in waiting if look_ahead.holds(req.rid)]
+        if not held:
+            return original(scheduler, *args, **kwargs)
+        scheduler.waiting_queue = [req for req in waiting if not look_ahead.holds(req.rid)]
+        try:
+            batch, running = original(scheduler, *args, **kwargs)
+        finally:
+            left = {id(req) for req in (*held, *scheduler.waiting_queue)}
+            before = {id(req) for req in waiting}
+            scheduler.waiting_queue = [req for req in waiting if id(req) in left] + [
+                req for req in scheduler.waiting_queue if id(req) not in before
+            ]
+        if batch is None and running.is_empty():
+            time.sleep(IDLE_PAUSE_S)
+        return batch, running
+
+    HookRegistry.register(ROUND, before_round, HookType.BEFORE)
+    HookRegistry.register(ADMISSION, admit, HookType.AROUND)
+    _apply(ROUND, ADMISSION)
+
+
+def _apply(*targets: str) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
     HookRegistry.apply_hooks()
-    missing = [t for t in (*WEIGHT_UPDATES, BEAM_SEARCH) if t not in HookRegistry._patched]
+    missing = [target for target in targets if target not in HookRegistry._patched]
     if missing:
         raise ConfigError([f"SGLang did not apply the hook on {target}." for target in missing])

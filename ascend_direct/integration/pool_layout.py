@@ -9,7 +9,7 @@ compares the result with what SGLang registers for disaggregation (`get_contiguo
 Does not own the arithmetic (page_layout does), nor the server modes that make a pool unusable for
 reasons that the pool cannot show (integration/mode).
 
-SGLang is imported when a pool is described, not before: there torch is loaded anyway.
+SGLang is imported when a pool is described, not before.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
 
 from ascend_direct.errors import LayoutError
 from ascend_direct.page_layout import PageLayout, Span
@@ -105,8 +109,6 @@ def page_views(pool: Any, layout: PageLayout) -> list[Any]:
     Returns:
         Per span uint8 [pages, bytes], sharing memory with the pool.
     """
-    import torch
-
     buffers = _describe(pool, layout.page_size_tokens)[1]
     views = []
     for span in layout.spans:
@@ -277,3 +279,16 @@ def _listed(infos: tuple[list[int], list[int], list[int]]) -> Counter[tuple[int,
     addresses, _, page_bytes = infos
     # SGLang lists an entry of 0 bytes for layers without rows.
     return Counter((a, n) for a, n in zip(addresses, page_bytes, strict=True) if n)
+
+
+def page_numbers(slots: torch.Tensor, page_size: int) -> npt.NDArray[np.int64]:
+    """Page of each run of `page_size` slots. Copies from the device: on transfer threads only.
+
+    Raises:
+        LayoutError: a run does not start a page.
+    """
+    first = slots[::page_size].to("cpu", torch.int64).numpy()
+    if (first % page_size).any():
+        raise LayoutError(f"slots {first.tolist()} do not start pages of {page_size}")
+    pages: npt.NDArray[np.int64] = first // page_size
+    return pages

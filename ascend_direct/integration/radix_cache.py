@@ -54,6 +54,8 @@ class HiRadixCacheDirect(UnifiedRadixCache):
         if not isinstance(cache_linker, CacheControllerDirect):
             raise ConfigError([f"the linker is a {type(cache_linker).__name__}, not ours."])
         hooks.install(cache_linker.detach)
+        if cache_linker.look_ahead is not None:
+            hooks.install_look_ahead(self, cache_linker.look_ahead)
         super().init_cache_linker(cache_linker)
         config = cache_linker.config
         if config.write_policy == "write_through_selective":
@@ -118,6 +120,8 @@ class HiRadixCacheDirect(UnifiedRadixCache):
     def finish(self, handle: Any, outcome: Any) -> None:
         """End of an attempt that held no slots: an abort, or prefill's hand-over."""
         super().finish(handle, outcome)
+        if self.linker is not None and self.direct_controller.look_ahead is not None:
+            self.direct_controller.look_ahead.drop(self, handle.rid)
         self._forget_hit(handle.rid)
 
     def on_release(self, req: Any, *, checkpointed: bool) -> None:

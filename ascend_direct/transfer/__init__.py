@@ -3,7 +3,8 @@
 
 """Moving pages between device memory and a store: threads, deadlines, queues, breaker."""
 
+from ascend_direct.transfer.courier import Ticket
 from ascend_direct.transfer.engine import LoadOutcome, TransferEngine, TransferLimits
 from ascend_direct.transfer.store_queue import StoreJob
 
-__all__ = ["LoadOutcome", "StoreJob", "TransferEngine", "TransferLimits"]
+__all__ = ["LoadOutcome", "StoreJob", "Ticket", "TransferEngine", "TransferLimits"]

@@ -91,11 +91,16 @@ class Courier:
         """
         if self.busy:
             return None
+        ticket = self.submit(work)
+        if not ticket.wait(timeout_s):
+            ticket.cancelled.set()
+        return ticket
+
+    def submit(self, work: Callable[[Ticket[Result]], Result]) -> Ticket[Result]:
+        """Make a call after those before it; for callers who look at the ticket now and then."""
         ticket = Ticket(work)
         self._current = ticket  # type: ignore[assignment]
         self._tickets.put(ticket)  # type: ignore[arg-type]
-        if not ticket.wait(timeout_s):
-            ticket.cancelled.set()
         return ticket
 
     def quiesce(self, timeout_s: float | None = None) -> bool:

@@ -130,6 +130,17 @@ class TransferEngine:
             self._metrics.add(lookups_timed_out=1)
             self._note_failure(self._breaker, "lookup", "no answer in time")
             return None
+        return self.told(ticket)
+
+    def ask_ahead(self, keys: Sequence[str]) -> Ticket[int] | None:
+        """`stored_prefix` without waiting; `told` has the answer once the ticket has returned.
+        None while the pool is left alone."""
+        if not self._breaker.allow(time.monotonic()):
+            return None
+        return self._asking.submit(lambda ticket: self._probe(keys, ticket))
+
+    def told(self, ticket: Ticket[int]) -> int | None:
+        """The answer of a question that has returned; None when the pool did not answer."""
         try:
             known = _answer(ticket)
         except StoreError as error:
@@ -173,6 +184,27 @@ class TransferEngine:
             if ready.is_set() or ticket is None:  # else it is the forward that is slow
                 self._note_failure(self._load_breaker, "load", f"{len(keys)} pages not in time")
             return LoadOutcome(False, late=ticket)
+        return self.outcome(ticket, keys, begin)
+
+    def read_ahead(
+        self, keys: Sequence[str], pages: Callable[[], Pages], fence: Fence
+    ) -> Ticket[list[PageStatus]] | None:
+        """`load` without waiting; `outcome` says what became of it once the ticket has returned.
+        None while the pool is left alone."""
+        if not self._load_breaker.allow(time.monotonic()):
+            return None
+        ready = threading.Event()
+        return self._loading.submit(lambda ticket: self._read(keys, pages, fence, ready, ticket))
+
+    def gave_up(self, keys: Sequence[str]) -> None:
+        """A read ahead has not returned in time."""
+        self._metrics.add(loads_late=1)
+        self._note_failure(self._load_breaker, "load", f"{len(keys)} pages not in time")
+
+    def outcome(
+        self, ticket: Ticket[list[PageStatus]], keys: Sequence[str], begin: float
+    ) -> LoadOutcome:
+        """What became of a load whose call has returned; `begin` is when it was asked for."""
         try:
             statuses = _answer(ticket)
         except StoreError as error:

@@ -72,7 +72,10 @@ SETUPS = {
         {"lookup_timeout_ms": 2_000, "load_timeout_ms": 20_000},
     ),
     "page128": Setup(
-        128, _memcache, _CHUNKED, {"lookup_timeout_ms": 2_000, "load_timeout_ms": 20_000}
+        128,
+        _memcache,
+        _CHUNKED,
+        {"lookup_timeout_ms": 2_000, "load_timeout_ms": 20_000, "load_mode": "lookahead"},
     ),
 }
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The ascend_direct authors
 
-"""Concurrent requests at every page size, prefill chunked or not, with and without overlap.
+"""Concurrent requests at every page size, prefill chunked or not, with and without overlap, loads
+in step with the scheduler or ahead of it.
 
 `farm.SETUPS` says which combination a name stands for.
 """

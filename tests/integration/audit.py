@@ -78,6 +78,12 @@ def _check_owners(instance: Instance) -> None:
             page for held in controller._quarantine for page in _pages(held.slots, size)
         ),
     }
+    owners["look-ahead"] = Counter(
+        page
+        for one in _ahead(instance)
+        if one.reading is not None
+        for page in _pages(one.reading.slots, size)
+    )
     for served in instance.requests:
         kv = served.req.kv
         if kv.holds_kv:
@@ -89,8 +95,14 @@ def _check_owners(instance: Instance) -> None:
     assert not several, f"pages with several owners: {several}"
     lost = set(range(1, instance.allocator.num_pages + 1)) - set(total)
     assert not lost, f"pages without an owner: {sorted(lost)}"
-    quarantined = sum(owners["quarantine"].values()) * size
-    assert controller.quarantined_tokens == quarantined
+    withheld = owners["quarantine"].total() + owners["look-ahead"].total()
+    assert controller.quarantined_tokens == withheld * size
+
+
+def _ahead(instance: Instance) -> list[Any]:
+    """What look-ahead has under way."""
+    ahead = instance.look_ahead
+    return [] if ahead is None else [*ahead._ahead.values(), *ahead._left]
 
 
 def _check_locks(instance: Instance) -> None:
@@ -98,6 +110,7 @@ def _check_locks(instance: Instance) -> None:
     tree, size = instance.tree, instance.page_size
     nodes = [p.lock_node_id for p in tree.linker.pending_offloads]
     nodes += [late.node_id for late in tree._late_stores]
+    nodes += [one.node_id for one in _ahead(instance)]
     nodes += [s.req.lock.node for s in instance.requests if s.req.lock is not None]
     locked: set[int] = set()
     for node in nodes:
@@ -117,7 +130,7 @@ def drain(instance: Instance, timeout_s: float = 20.0) -> None:
         pending = (
             len(tree.linker.pending_offloads),
             len(tree._late_stores),
-            instance.controller.quarantined_tokens,
+            instance.controller.quarantined_tokens + len(_ahead(instance)),
         )
         if not any(pending):
             return

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 import types
 from array import array
 from collections.abc import Mapping, Sequence
@@ -101,6 +102,7 @@ class Instance:
             self.tree = create_tree_cache(self._context(args, core, group))
         assert isinstance(self.tree, HiRadixCacheDirect)
         self.controller: CacheControllerDirect = self.tree.direct_controller
+        self.look_ahead = self.controller.look_ahead
         self.threads = set(threading.enumerate()) - before
         self.requests: list[Served] = []
         self._model_config = types.SimpleNamespace(
@@ -167,6 +169,9 @@ class Instance:
 
     def round(self) -> None:
         """What precedes each scheduling decision."""
+        if self.look_ahead is not None:
+            waiting = [s.req for s in self.requests if s.phase is Phase.WAITING]
+            self.look_ahead.round(self.tree, waiting)
         self.tree.check_hicache_events()
 
     def match(self, served: Served) -> None:
@@ -194,6 +199,8 @@ class Instance:
                 return False
         else:
             assert served.phase is Phase.WAITING
+            if self.look_ahead is not None and self.look_ahead.holds(req.rid):
+                return False
             self.match(served)
             adder.add_one_req(req, has_chunked_req=False, truncation_align_size=None)
             if not adder.can_run_list:
@@ -289,10 +296,18 @@ class Instance:
         """A request from arrival to its end."""
         served = self.submit(tokens, new_tokens=new_tokens, **more)
         while served.phase is not Phase.RUNNING and served.phase is not Phase.DONE:
-            assert self.prefill(served, chunk), "not admitted although nothing else runs"
+            admitted = self.prefill(served, chunk) or self._is_held(served)
+            assert admitted, "not admitted although nothing else runs"
         while served.phase is Phase.RUNNING:
             self.decode(served)
         return served
+
+    def _is_held(self, served: Served) -> bool:
+        """Look-ahead keeps the request back for now; give its threads the interpreter."""
+        held = self.look_ahead is not None and self.look_ahead.holds(served.req.rid)
+        if held:
+            time.sleep(0.0005)
+        return held
 
     def abort(self, served: Served) -> None:
         """The client has left."""

@@ -319,11 +319,12 @@ def _alone(r: Ranks, kind: str, config: dict[str, Any], other: list[int]) -> int
 
 
 def random_walk(
-    rank: int, group: Any, folder: Path, kind: str, core: str, steps: int
+    rank: int, group: Any, folder: Path, kind: str, core: str, steps: int, load_mode: str
 ) -> dict[str, int]:
     """Both ranks take the same random steps; what goes wrong differs."""
     with ranks(rank, group, folder) as r:
-        options = {"kind": kind, "core": core, "tokens": 800, "config": WALK_CONFIG}
+        config = {**WALK_CONFIG, "load_mode": load_mode, "lookahead_percent": 60}
+        options = {"kind": kind, "core": core, "tokens": 800, "config": config}
         instances = [r.make(**options) for _ in range(2)]
         walk = Walk(instances, random.Random(f"{kind} {core}"), random.Random(rank))
         for step in range(steps):

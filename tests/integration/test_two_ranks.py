@@ -39,6 +39,13 @@ def test_the_consensus_checker_of_sglang_watches(pair) -> None:
     assert pair.checked
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_look_ahead_together(pair, kind) -> None:
+    ranks = pair.run("hit", kind=kind, config={"load_mode": "lookahead"})
+    assert [rank["storage"] for rank in ranks] == [192, 192]
+    assert sum(rank["read"] for rank in ranks) == PAGES * (1 if kind == "mla" else 2)
+
+
 @pytest.mark.parametrize("core", ["rust", "python"])
 @pytest.mark.parametrize("kind", ["gqa", "gqa_narrow_v", "mla"])
 def test_what_two_ranks_computed_two_ranks_load(pair, kind, core) -> None:
@@ -123,9 +130,11 @@ def test_servers_of_other_tp_sizes_share_pages(pair, kind, heads_per_object, sto
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("load_mode", ["sync", "lookahead"])
 @pytest.mark.parametrize(("kind", "core"), [("gqa", "rust"), ("mla", "python")])
-def test_a_random_walk_of_two_ranks_ends_with_equal_trees(pair, kind, core) -> None:
-    totals = pair.run("random_walk", limit_s=360.0, kind=kind, core=core, steps=STEPS)
+def test_a_random_walk_of_two_ranks_ends_with_equal_trees(pair, kind, core, load_mode) -> None:
+    options = {"kind": kind, "core": core, "steps": STEPS, "load_mode": load_mode}
+    totals = pair.run("random_walk", limit_s=360.0, **options)
     for total in totals:
         assert total["loads"] >= 3
         assert total["stores"] >= 20
