@@ -46,6 +46,7 @@ _DIGEST_HEX = 16
 # What a digest adds to a key.
 SUFFIX_BYTES = len(":d") + _DIGEST_HEX
 
+# Fills a buffer from a page of a batch.
 Gather = Callable[[PageBatch, int, bytearray], None]
 _OK, _MISSING, _MISMATCH = PageStatus.OK, PageStatus.MISSING, PageStatus.MISMATCH
 
@@ -117,7 +118,7 @@ class VerifiedStore(PageStore):
         answers = self._store.exists(keys)
         new = [row for row, answer in enumerate(answers) if answer is _MISSING]
         markers = [_marker(keys[row]) for row in new]
-        records = [_record(keys[row], self._digest(keys[row], pages, row)) for row in new]
+        records = self._records(keys, pages, new)
         content = PageBatch(
             _some(pages, new * 2).addresses[:, :1], (min(_CONTENT_BYTES, pages.lengths_bytes[0]),)
         )
@@ -140,8 +141,7 @@ class VerifiedStore(PageStore):
         answers = self._store.get(keys, pages)
         rows = [row for row in self._checked(keys) if answers[row] is _OK]
         if rows:
-            records = [_record(keys[row], self._digest(keys[row], pages, row)) for row in rows]
-            found = self._store.exists(records)
+            found = self._store.exists(self._records(keys, pages, rows))
             for row, answer in zip(rows, found, strict=True):
                 answers[row] = answer
             self._judge(keys, answers, [row for row in rows if answers[row] is _MISSING])
@@ -181,12 +181,15 @@ class VerifiedStore(PageStore):
         """Rows that have digests: told by the key, so that writers and readers agree."""
         return [row for row, key in enumerate(keys) if self._all or _in_sample(key)]
 
-    def _digest(self, key: str, pages: PageBatch, row: int) -> str:
-        page = bytearray(pages.page_bytes)
-        self._gather(pages, row, page)
-        digest = hashlib.sha256(key.encode("utf-8", "surrogatepass") + b"\0")
-        digest.update(page)
-        return digest.hexdigest()[:_DIGEST_HEX]
+    def _records(self, keys: Sequence[str], pages: PageBatch, rows: list[int]) -> list[str]:
+        """Names of the objects that say what the pages of `rows` hold now."""
+        names, page = [], bytearray(pages.page_bytes)
+        for row in rows:
+            self._gather(pages, row, page)
+            digest = hashlib.sha256(keys[row].encode("utf-8", "surrogatepass") + b"\0")
+            digest.update(page)
+            names.append(_record(keys[row], digest.hexdigest()[:_DIGEST_HEX]))
+        return names
 
 
 def _gather_host(pages: PageBatch, row: int, target: bytearray) -> None:
