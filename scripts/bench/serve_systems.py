@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The ascend_direct authors
+
+"""The systems that scripts/bench/serve compares: what each is, and how its servers are started.
+
+A system is a row of SYSTEMS. One that shares its cache between servers has a pool of its own, of
+the same kind and size as every other's. Servers are sglang_cpu.server's, pools two_instances'.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_cpu.server import LAUNCHER, SGLangServer
+from two_instances.cluster import FLAG, MemcachePool, Progress
+
+SCRIPTS = Path(__file__).resolve().parents[1]
+HICACHE_LAUNCHER = (sys.executable, "-W", "ignore", "-m", "bench.hicache_server")
+POOL_SIZE = "3GB"
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of the comparison.
+
+    Attributes:
+        title: what it is, for the report.
+        arguments: SGLang options, given the pool's own options for ascend_direct (None: no pool).
+        plugins: value of SGLANG_PLUGINS.
+        servers: 1 for a system whose servers have nothing to say to each other.
+        reuses: False where nothing is ever cached.
+    """
+
+    title: str
+    arguments: Callable[[Mapping[str, Any] | None], Sequence[str]]
+    plugins: str = ""
+    launcher: tuple[str, ...] = LAUNCHER
+    servers: int = 1
+    reuses: bool = True
+
+    @property
+    def shares(self) -> bool:
+        """True where a second server can use what the first has computed."""
+        return self.servers > 1
+
+
+def _ours(**direct: Any) -> Callable[[Mapping[str, Any] | None], Sequence[str]]:
+    def arguments(pool: Mapping[str, Any] | None) -> Sequence[str]:
+        config = json.dumps({**(pool or {}), **direct})
+        return [FLAG, "--hierarchical-cache-direct-config", config]
+
+    return arguments
+
+
+def _hicache(pool: Mapping[str, Any] | None) -> Sequence[str]:
+    """Three tiers. Policies: those with which the pool's pages are really used (see `--help`)."""
+    memcache = dict((pool or {})["memcache"])
+    wanted = ("meta_service_url", "config_store_url", "protocol", "max_dram_size", "world_size")
+    extra = {name: memcache[name] for name in wanted} | {"dram_size": "0", "device_id": 0}
+    return [
+        "--enable-hierarchical-cache",
+        *("--hicache-ratio", "2"),
+        *("--hicache-write-policy", "write_through"),
+        *("--hicache-io-backend", "direct"),
+        *("--hicache-mem-layout", "page_first_direct"),
+        *("--hicache-storage-backend", "npu_memcache"),
+        *("--hicache-storage-prefetch-policy", "wait_complete"),
+        *("--hicache-storage-backend-extra-config", json.dumps(extra)),
+    ]
+
+
+SYSTEMS: dict[str, System] = {
+    "none": System("no cache", lambda _: ["--disable-radix-cache"], reuses=False),
+    "l1": System("SGLang, device cache only", lambda _: []),
+    "hicache": System(
+        "SGLang HiCache, three tiers on MemCache", _hicache, launcher=HICACHE_LAUNCHER, servers=2
+    ),
+    "ours": System("ascend_direct", _ours(), plugins="ascend_direct", servers=2),
+}
+
+
+class Running:
+    """The servers of one system, and its pool, from `start` to the end of `undo`."""
+
+    def __init__(
+        self,
+        name: str,
+        model: Path,
+        server_args: Sequence[str],
+        *,
+        log_dir: Path,
+        undo: ExitStack,
+        progress: Progress,
+    ) -> None:
+        self.name = name
+        self.system = SYSTEMS[name]
+        self.pool: MemcachePool | None = None
+        self.servers: list[SGLangServer] = []
+        self._start(model, server_args, log_dir, undo, progress)
+
+    def _start(
+        self, model: Path, args: Sequence[str], log_dir: Path, undo: ExitStack, progress: Progress
+    ) -> None:
+        system = self.system
+        # Every server gets an allow-list: else the plugins that are installed load in all of them.
+        env = {"SGLANG_PLUGINS": system.plugins or "none", "PYTHONPATH": python_path()}
+        if system.shares:
+            self.pool = MemcachePool(member_size=POOL_SIZE)
+            undo.callback(self.pool.stop)
+            self.pool.start()
+            env |= self.pool.environment()
+        options = self.pool.options() if self.pool else None
+        for letter in "AB"[: system.servers]:
+            server = SGLangServer(
+                model,
+                [*args, *system.arguments(options)],
+                env=env,
+                name=f"{self.name} {letter}",
+                log_path=log_dir / f"{self.name}_{letter}.log",
+                progress=progress,
+                launcher=system.launcher,
+            )
+            undo.callback(server.stop)
+            server.start()
+            self.servers.append(server)
+        for server in self.servers:
+            server.wait_ready()
+
+    def server(self, where: str) -> SGLangServer:
+        """The one that is asked: the first, or for "cross" the one that did not compute it."""
+        return self.servers[-1 if where == "cross" else 0]
+
+    def stored_keys(self) -> int:
+        """Objects in its pool; 0 without one."""
+        return self.pool.stored_pages() if self.pool else 0
+
+
+def python_path() -> str:
+    """PYTHONPATH with which a server process finds `bench.hicache_server`."""
+    return os.pathsep.join(filter(None, (str(SCRIPTS), os.environ.get("PYTHONPATH", ""))))
