@@ -68,22 +68,19 @@ class LocalPool(Pool):
 
     Args:
         size: bound on the stored bytes.
+        path: the directory, made by `start` and removed by `stop`; a new one in memory by default.
     """
 
     name = "local (LMDB)"
 
-    def __init__(self, size: str = "2GB") -> None:
+    def __init__(self, size: str = "2GB", path: Path | None = None) -> None:
         self._size = size
-        self._path: Path | None = None
-
-    @property
-    def path(self) -> Path:
-        """Its directory; only while it is started."""
-        if self._path is None:
-            raise PoolProcessError("the local pool has no directory before it is started")
-        return self._path
+        self._path = path
 
     def start(self) -> None:
+        if self._path is not None:
+            self._path.mkdir(parents=True, exist_ok=True)
+            return
         root = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self._path = Path(tempfile.mkdtemp(prefix="ascend_direct-", dir=root))
 
@@ -142,7 +139,7 @@ class MemcachePool(Pool):
 
     def add_member(self) -> subprocess.Popen[bytes]:
         """Start one more process that holds pages, and wait until it has joined."""
-        log_path = self._member_log(len(self.members))
+        log_path = self.member_log(len(self.members))
         member = self._spawn_member(log_path)
         self.members.append(member)
         self._wait_alive(member, log_path)
@@ -150,9 +147,10 @@ class MemcachePool(Pool):
 
     def replace_member(self, number: int) -> None:
         """Start a member in place of one that has ended; does not wait until it has joined."""
-        self.members[number] = self._spawn_member(self._member_log(number))
+        self.members[number] = self._spawn_member(self.member_log(number))
 
-    def _member_log(self, number: int) -> Path:
+    def member_log(self, number: int) -> Path:
+        """What all processes of that number have printed."""
         return self._logs / f"member-{number}.log"
 
     def _spawn_member(self, log_path: Path) -> subprocess.Popen[bytes]:
