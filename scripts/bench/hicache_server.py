@@ -4,11 +4,10 @@
 """Starts SGLang with what its HiCache lacks on a CPU, and changes nothing else of it.
 
 SGLang 0.5.23 has no host <-> device copy operators for the CPU (they are in sgl_kernel), pins host
-memory through CUDA, and waits on streams, of which torch.cpu has a stand-in without `synchronize`.
-Owns these three things. The copies are those of `--hicache-io-backend direct` with the layout
+memory through CUDA, and waits on streams, of which torch.cpu has a stand-in without `synchronize`;
+and it leaves 10 GiB of host memory alone, which a small machine may not have. Owns these things. The copies are those of `--hicache-io-backend direct` with the layout
 `page_first_direct`: one torch copy per layer, part and run of neighbouring pages, straight from
-the source to its place. That is no slower than any copy of the same bytes can be, which
-tests/bench holds it to: HiCache must not look slow through us.
+the source to its place, with nothing in between: HiCache must not look slow through us.
 
 SGLang's scheduler is a spawned process: it imports this module again, so the top level acts there.
 """
@@ -92,14 +91,15 @@ def _synchronize(stream: Any) -> None:
 
 
 def supply() -> None:
-    """Put the three missing things where SGLang looks for them."""
-    from sglang.srt.mem_cache.pool_host import common, mha, mla
+    """Put what is missing where SGLang looks for it."""
+    from sglang.srt.mem_cache.pool_host import base, common, mha, mla
 
     operators = (transfer_kv_per_layer_direct_pf_lf, transfer_kv_all_layer_direct_lf_pf)
     for operator in operators:
         for module in (mha, mla):
             setattr(module, operator.__name__, operator)
     common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate
+    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0
     torch.cpu.Stream.synchronize = _synchronize  # type: ignore[attr-defined]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,8 @@ from bench.serve_cases import (
 from bench.serve_systems import SYSTEMS, Running
 
 ROOT = Path(__file__).resolve().parents[2]
+# Tokens of device cache: a burst of whole prompts, twice, so that what is asked again is there.
+ROOM = ("--max-total-tokens", "65536")
 DESCRIPTION = """\
 Send the same prompts to real SGLang servers that cache in different ways, and compare the time to
 first token. All systems are up at once and take turns, so that a slow minute of the machine hits
@@ -114,8 +117,15 @@ class Recorder:
         lines = serve_report.read_lines(self._path)
         if not lines or {**lines[0], "date": ""} != {**self._described, "date": ""}:
             raise BenchmarkError(f"{self._path} was made with other options: choose another --out")
-        self.samples = serve_report.samples(lines)
         self.done = {tuple(line["turn"]) for line in lines if line["kind"] == "turn"}
+        taken = serve_report.samples(lines)
+        self.samples = [sample for sample in taken if sample.turn.key in self.done]
+        # What a turn that was cut off has left goes; the rest of the file stays as it was.
+        kept = [lines[0], *(sample.line() for sample in self.samples)]
+        kept += [{"kind": "turn", "turn": key} for key in sorted(self.done)]
+        new = self._path.with_suffix(".new")
+        new.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        new.replace(self._path)
 
     def add(self, turn: Turn, samples: Sequence[Sample]) -> None:
         """A turn is written whole or not at all, so that --resume repeats what was cut off."""
@@ -138,7 +148,7 @@ def turns(options: argparse.Namespace, model: str) -> Iterator[Turn]:
     """Rounds over systems over cases; each round starts with another system."""
     for number in range(options.repeats):
         cases = [("single", 1)] if 1 in options.concurrency else []
-        if number < options.heavy_repeats:
+        if number >= options.repeats - options.heavy_repeats:
             cases += [("burst", n) for n in options.concurrency if n > 1]
             cases += [] if options.no_trace else [("trace", 1)]
         first = number % len(options.systems)
@@ -188,21 +198,30 @@ class Benchmark:
         path = ROOT / ".demo" / "models" / f"{model}-{options.size}"
         make_model(path, model, size=options.size)
         with ExitStack() as undo:
-            running = {}
-            for name in options.systems:
-                self.progress(f"{model}: starting {SYSTEMS[name].title}")
-                running[name] = Running(
-                    name,
-                    path,
-                    ["--page-size", str(options.page_size)],
-                    log_dir=options.out / "logs" / model,
-                    undo=undo,
-                    progress=self.progress,
-                )
+            running = self._start(model, path, undo)
             self._verify(model, running)
             ahead = [t for name in later for t in turns(options, name)]
             for number, turn in enumerate(todo):
                 self._take(turn, running[turn.system], [*todo[number:], *ahead])
+
+    def _start(self, model: str, path: Path, undo: ExitStack) -> dict[str, Running]:
+        """Two systems load at a time: more would fight over the cores."""
+        running: dict[str, Running] = {}
+        for first in range(0, len(self._options.systems), 2):
+            names = self._options.systems[first : first + 2]
+            for name in names:
+                self.progress(f"{model}: starting {SYSTEMS[name].title}")
+                running[name] = Running(
+                    name,
+                    path,
+                    ["--page-size", str(self._options.page_size), *ROOM],
+                    log_dir=self._options.out / "logs" / model,
+                    undo=undo,
+                    progress=self.progress,
+                )
+            for name in names:
+                running[name].wait_ready()
+        return running
 
     def _verify(self, model: str, running: dict[str, Running]) -> None:
         for name, servers in running.items():
@@ -236,6 +255,8 @@ class Benchmark:
 def main(argv: Sequence[str] | None = None) -> int:
     """0: measured and reported; 1: a system failed the comparison; 130: interrupted."""
     options = parse(argv)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell may have started us deaf to Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     console = Console(soft_wrap=True)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "samples.jsonl"

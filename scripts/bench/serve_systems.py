@@ -87,7 +87,10 @@ SYSTEMS: dict[str, System] = {
 
 
 class Running:
-    """The servers of one system, and its pool, from `start` to the end of `undo`."""
+    """The servers of one system, and its pool, until the end of `undo`.
+
+    They load while the caller goes on; `wait_ready` before they are asked.
+    """
 
     def __init__(
         self,
@@ -130,6 +133,9 @@ class Running:
             undo.callback(server.stop)
             server.start()
             self.servers.append(server)
+
+    def wait_ready(self) -> None:
+        """Wait until all servers answer."""
         for server in self.servers:
             server.wait_ready()
 

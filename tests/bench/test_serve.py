@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The ascend_direct authors
+
+"""The server benchmark measures what it says. No figure is judged here: CI is no place for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from bench import hicache_server, serve, serve_report
+from bench.serve_cases import BenchmarkError, Sample, Truth, Turn, Workload, missed
+from bench.serve_systems import SYSTEMS
+
+WORK = Workload(prompt_tokens=3500, prompts=1, reuse=(0, 50, 100), output_tokens=4, page_size=128)
+
+
+def sample(
+    system: str, where: str, reuse: int, ttft_s: Sequence[float], **changed: object
+) -> Sample:
+    """One of a single request of round 0, unless told otherwise."""
+    plain = Sample(
+        *("gqa", system, 0, "single", 1, where, reuse, list(ttft_s)),
+        cached={},
+        prompt_tokens=3500,
+        prompts=["p"],
+        outputs=[[1, 2]],
+    )
+    return dataclasses.replace(plain, **changed)  # type: ignore[arg-type]
+
+
+# ---- the figures ------------------------------------------------------------------------------
+
+
+def known_run() -> list[Sample]:
+    """Two rounds, of which the second is twice as slow throughout."""
+    taken = []
+    for number, slow in enumerate((1.0, 2.0)):
+        for system, where, reuse, ttft_s in (
+            ("none", "within", 0, 2.0),
+            ("l1", "within", 0, 2.0),
+            ("l1", "within", 100, 0.5),
+            ("ours", "within", 0, 2.02),
+            ("ours", "cross", 100, 0.52),
+            ("hicache", "cross", 100, 0.6),
+        ):
+            taken.append(sample(system, where, reuse, [ttft_s * slow], round=number))
+    return taken
+
+
+def test_goals_are_computed_within_rounds() -> None:
+    goals = serve_report.goals(serve_report.Figures(known_run()))
+    values = {goal.text: goal.value for goal in goals}
+    at_100 = "gqa, 100 % reuse: "
+    assert values[at_100 + "TTFT of a pool hit ÷ L1 hit"] == pytest.approx(1.04)
+    assert values[at_100 + "TTFT cut vs no cache, % (an L1 hit's less 1)"] == pytest.approx(74)
+    # 20 and 40 ms against 100 and 200 ms: medians 30 and 150.
+    added = values[at_100 + "what a pool hit adds to an L1 hit, ours ÷ HiCache"]
+    assert added == pytest.approx(0.2)
+    assert values["gqa, 0 % reuse: TTFT ours ÷ plugin off"] == pytest.approx(1.01)
+    assert values["gqa, 50 % reuse: TTFT of a pool hit ÷ L1 hit"] is None
+
+
+def test_a_goal_is_met_on_the_right_side_of_its_limit_only() -> None:
+    goals = {goal.text: goal for goal in serve_report.goals(serve_report.Figures(known_run()))}
+    cut = goals["gqa, 100 % reuse: TTFT cut vs no cache, % (an L1 hit's less 1)"]
+    assert cut.limit == pytest.approx(74)
+    assert dataclasses.replace(cut, value=74.5).met is True
+    assert dataclasses.replace(cut, value=73.5).met is False
+    ratio = goals["gqa, 100 % reuse: TTFT of a pool hit ÷ L1 hit"]
+    assert ratio.met is True
+    assert dataclasses.replace(ratio, value=1.11).met is False
+    assert goals["gqa, 50 % reuse: TTFT of a pool hit ÷ L1 hit"].met is None
+
+
+def test_the_spread_is_the_middle_half() -> None:
+    assert serve_report.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert serve_report.quartiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+# ---- verification -----------------------------------------------------------------------------
+
+
+def test_an_answer_that_differs_is_a_problem_and_names_both_systems() -> None:
+    truth = Truth()
+    assert truth.problems(sample("none", "within", 0, [2.0])) == []
+    assert truth.problems(sample("l1", "within", 0, [2.0])) == []
+    (problem,) = truth.problems(sample("ours", "cross", 100, [0.5], outputs=[[1, 3]]))
+    assert "ours" in problem
+    assert "none answered [1, 2]" in problem
+
+
+@pytest.mark.parametrize(
+    ("system", "where", "reuse", "cached", "is_good"),
+    [
+        ("ours", "cross", 100, {"storage": 3456}, True),
+        ("ours", "cross", 50, {"storage": 1664}, True),
+        ("ours", "cross", 100, {}, False),
+        ("hicache", "cross", 100, {"host": 1000, "storage": 1000}, False),
+        ("ours", "cross", 50, {"storage": 3456}, False),
+        ("ours", "cross", 100, {"device": 3456}, False),
+        ("l1", "within", 100, {"device": 3456}, True),
+        ("ours", "within", 100, {"storage": 3456}, False),
+        ("none", "within", 100, {}, True),
+        ("none", "within", 100, {"device": 3456}, False),
+        ("ours", "within", 0, {"device": 1}, False),
+    ],
+)
+def test_a_hit_counts_only_if_it_came_from_where_it_should(
+    system: str, where: str, reuse: int, cached: dict[str, int], is_good: bool
+) -> None:
+    problem = missed(sample(system, where, reuse, [1.0], cached=cached), SYSTEMS[system], WORK)
+    assert (problem is None) == is_good
+
+
+# ---- the file of samples ----------------------------------------------------------------------
+
+
+def test_a_resumed_run_repeats_the_turn_that_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    options = serve.parse(["--out", str(tmp_path)])
+    recorder = serve.Recorder(path, options)
+    whole = Turn("gqa", "ours", 0, "single", 1)
+    recorder.add(whole, [sample("ours", "within", 0, [2.0])])
+    with path.open("a") as file:
+        file.write('{"kind": "sam')
+    resumed = serve.Recorder(path, serve.parse(["--out", str(tmp_path), "--resume"]))
+    assert resumed.done == {whole.key}
+    assert resumed.samples == recorder.samples
+    other = Turn("gqa", "none", 0, "single", 1)
+    resumed.add(other, [])
+    again = serve.Recorder(path, serve.parse(["--out", str(tmp_path), "--resume"]))
+    assert again.done == {whole.key, other.key}
+
+
+def test_a_run_is_not_resumed_with_other_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    serve.Recorder(path, serve.parse([]))
+    with pytest.raises(BenchmarkError, match="other options"):
+        serve.Recorder(path, serve.parse(["--resume", "--prompt-tokens", "100"]))
+
+
+def test_each_round_has_every_system_and_starts_with_another() -> None:
+    options = serve.parse(["--repeats", "3", "--heavy-repeats", "1"])
+    turns = list(serve.turns(options, "gqa"))
+    singles = [[t.system for t in turns if (t.round, t.case) == (n, "single")] for n in range(3)]
+    assert all(sorted(names) == sorted(SYSTEMS) for names in singles)
+    assert len({names[0] for names in singles}) == 3
+    assert {(t.round, t.concurrency) for t in turns if t.case == "burst"} == {(2, 8)}
+
+
+# ---- HiCache's copies on a CPU ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 5)])
+def test_copies_for_hicache_put_every_token_where_it_belongs(shape: tuple[int, int]) -> None:
+    page, layers, parts = 4, 3, 2
+    device = [torch.randn(10 * page, *shape) for _ in range(layers * parts)]
+    host = [torch.zeros(8, layers, page, *shape) for _ in range(parts)]
+    pages_there, pages_here = [2, 3, 7, 1], [5, 6, 0, 2]
+    slots, places = (
+        torch.cat([torch.arange(n * page, (n + 1) * page) for n in pages])
+        for pages in (pages_there, pages_here)
+    )
+    hicache_server.transfer_kv_all_layer_direct_lf_pf(device, host, slots, places, page)
+    for number, buffer in enumerate(device):
+        got = host[number // layers][:, number % layers].flatten(0, 1)
+        assert torch.equal(got[places], buffer[slots])
+    assert not any(part[[1, 3, 4, 7]].any() for part in host)
+    back = [torch.zeros(10 * page, *shape) for _ in range(parts)]
+    hicache_server.transfer_kv_per_layer_direct_pf_lf(host, back, places, slots, 1, page)
+    for part, buffer in enumerate(back):
+        expected = torch.zeros_like(buffer)
+        expected[slots] = device[part * layers + 1][slots]
+        assert torch.equal(buffer, expected)
+
+
+def test_neighbouring_pages_are_one_copy() -> None:
+    slots = torch.arange(8, 8 + 27 * 128 * 2)[: 27 * 128] + 120
+    assert list(hicache_server.page_runs(slots, slots - 128, 128)) == [(1, 0, 27)]
+
+
+# ---- all of it --------------------------------------------------------------------------------
+
+
+@pytest.mark.e2e
+@pytest.mark.memcache
+def test_a_run_compares_real_servers_and_leaves_a_report(tmp_path: Path) -> None:
+    options = ["--systems", "none", "ours", "--models", "gqa", "--size", "tiny", "--repeats", "1"]
+    options += ["--concurrency", "1", "--no-trace", "--prompt-tokens", "700"]
+    assert serve.main([*options, "--out", str(tmp_path)]) == 0
+    taken = serve_report.samples(serve_report.read_lines(tmp_path / "samples.jsonl"))
+    places = {(s.system, s.where, s.reuse) for s in taken}
+    ours = {("ours", where, reuse) for where in ("within", "cross") for reuse in (50, 100)}
+    assert places == {("none", "within", 0), ("ours", "within", 0)} | ours
+    assert all(min(s.ttft_s) > 0 for s in taken)
+    report = (tmp_path / "report.md").read_text()
+    assert "TTFT ours ÷ plugin off" in report
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])["size"] == "tiny"
