@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ FAMILIES = (12, 5)
 CLIENTS = 5
 REST_EVERY_S = 300.0
 DISK_SHARE = 0.06
+# Folders of a run; those of the run before are removed.
+PARTS = ("memcache", "disk", "logs")
 
 DESCRIPTION = """\
 Hurt a MemCache pool and two real SGLang servers on it while clients ask, and check that every
@@ -47,6 +51,7 @@ exit codes: 0 nothing found; 1 something is wrong (see PROBLEMS in report.md); 1
 examples:
   scripts/chaos --minutes 30 --seed 7 --out .chaos     the long run: about 1,000 events
   scripts/chaos --minutes 3                            a look
+  scripts/chaos --minutes 10 --direct '{"load_mode": "lookahead", "verify": "all"}'
   scripts/chaos --pool-stopped --requests 200          what a stopped pool costs in TTFT"""
 
 
@@ -66,7 +71,14 @@ def parse() -> argparse.Namespace:
     add("--pool-stopped", action="store_true", help="measure TTFT while the pool stands still")
     add("--requests", type=int, default=200, help="with --pool-stopped: per server (default 200)")
     add("--how", choices=("stop", "kill"), default="stop", help="with --pool-stopped: the signal")
+    add(
+        "--direct",
+        type=json.loads,
+        default={},
+        help="options of the cache on the servers, as a JSON object, on top of the run's own",
+    )
     options = parser.parse_args()
+    options.out = options.out.absolute()
     if options.minutes <= 0 or options.requests < 10:
         parser.error("--minutes must be above 0, --requests at least 10")
     return options
@@ -81,8 +93,9 @@ def main() -> int:
             f"[dim]{time.monotonic() - begin_s:6.0f} s[/]  {line}", highlight=False, soft_wrap=True
         )
 
-    shutil.rmtree(options.out, ignore_errors=True)
-    options.out.mkdir(parents=True)
+    for part in PARTS:
+        shutil.rmtree(options.out / part, ignore_errors=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     model = make_model(options.out / "model", "gqa")
     result: dict[str, Any] = {"command": f"scripts/chaos {' '.join(sys.argv[1:])}"}
     try:
@@ -106,14 +119,16 @@ def _chaos(
 ) -> None:
     """Both worlds; what the first found is on the disk before the second starts."""
     length_s = options.minutes * 60
-    plan = Plan(options.seed, length_s, Pace(), TRACKS, CLIENTS, REST_EVERY_S)
+    plan = Plan(
+        options.seed, length_s, Pace(), TRACKS, CLIENTS, REST_EVERY_S, direct=options.direct
+    )
     found, prompts = scenarios.memcache(plan, FAMILIES, model, options.out / "memcache", say)
     result |= found
     if options.no_disk or result["interrupted"]:
         return
     report.write(options.out, result)
     say("the local store on a full disk")
-    plan = Plan(options.seed, length_s * DISK_SHARE, Pace(), TRACKS, CLIENTS, REST_EVERY_S)
+    plan = replace(plan, length_s=length_s * DISK_SHARE)
     disk = scenarios.full_disk(plan, prompts, model, options.out / "disk", say)
     result["problems"] += [f"full disk: {problem}" for problem in disk["problems"]]
     result["interrupted"] |= disk["interrupted"]

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from two_instances.cluster import PoolProcessError
@@ -37,6 +37,7 @@ class Plan:
         clients: requests at a time, besides those that are aborted.
         rest_every_s: how often traffic stops so that leaks can be seen.
         lookup_timeout_ms, load_timeout_ms, store_timeout_ms: the servers' options.
+        direct: more of them.
     """
 
     seed: int
@@ -48,6 +49,7 @@ class Plan:
     lookup_timeout_ms: int = 300
     load_timeout_ms: int = 1_200
     store_timeout_ms: int = 3_000
+    direct: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Run:

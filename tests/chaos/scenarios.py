@@ -149,6 +149,7 @@ def _direct(plan: Plan) -> dict[str, Any]:
         # MemCache may not let a server in again for minutes; it serves all the same.
         "on_pool_unavailable": "degrade",
         "log_interval_s": 5,
+        **plan.direct,
     }
 
 
