@@ -168,9 +168,10 @@ def warn_about_open_secrets(tls: TlsConfig) -> None:
         return
     for option in sorted(TlsConfig.model_fields.keys() - {"enabled"}):
         value = getattr(tls, option)
-        if not value:
+        try:
+            mode = stat.S_IMODE(os.stat(value).st_mode) if value else 0
+        except OSError:  # gone since it was checked; its error would tell the path
             continue
-        mode = stat.S_IMODE(os.stat(value).st_mode)
         if option in _SECRETS and mode & (stat.S_IRWXG | stat.S_IRWXO):
             advice = "only its owner should read it (chmod 600)"
         elif mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -184,6 +184,19 @@ def test_clear_removes_our_pages_and_servers_that_are_up_store_them_again(
     assert server.put(keys, pages_of(pages, 3)) == [OK] * 3
     assert server.exists(keys) == [OK] * 3
 
+    config["memcache"]["meta_service_url"] = "tcp://127.0.0.1:9"
+    command[-1] = json.dumps(config)
+    away = subprocess.run(
+        [*command, "--yes"],
+        cwd=ROOT,
+        env={**os.environ, **pool.meta.environment},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert (away.returncode, away.stdout) == (3, "")
+    assert "nobody listens at tcp://127.0.0.1:9" in away.stderr
+
 
 def pages_of(pages, count: int):
     return type(pages)(pages.addresses[:count], pages.lengths_bytes)

@@ -29,6 +29,7 @@ FOREIGN = "another program's"
 def _no_options_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("ASCEND_DIRECT_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "200")
 
 
 @pytest.fixture
@@ -59,6 +60,12 @@ def left(section: dict[str, object]) -> list[str]:
     assert store.stats().pages == len(held)
     store.close()
     return held
+
+
+def test_its_help_says_what_it_asks_and_its_exit_codes() -> None:
+    text = " ".join(runner.invoke(app, ["pool", "clear", "--help"]).stdout.split())
+    for words in ("Asks first", "--yes", "--json", "1 the answer was no", "3 the pool is not"):
+        assert words in text
 
 
 def test_one_namespace_goes_and_the_others_stay(section) -> None:
