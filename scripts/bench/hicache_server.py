@@ -4,10 +4,11 @@
 """Starts SGLang with what its HiCache lacks on a CPU, and changes nothing else of it.
 
 SGLang 0.5.23 has no host <-> device copy operators for the CPU (they are in sgl_kernel), pins host
-memory through CUDA, and waits on streams, of which torch.cpu has a stand-in without `synchronize`;
-and it leaves 10 GiB of host memory alone, which a small machine may not have. Owns these things. The copies are those of `--hicache-io-backend direct` with the layout
-`page_first_direct`: one torch copy per layer, part and run of neighbouring pages, straight from
-the source to its place, with nothing in between: HiCache must not look slow through us.
+memory through CUDA, waits on streams, of which torch.cpu has a stand-in without `synchronize`, and
+leaves 10 GiB of host memory alone, which a small machine may not have. Owns these four things. The
+copies are those of `--hicache-io-backend direct` with the layout `page_first_direct`: one torch
+copy per layer, part and run of neighbouring pages, straight from the source to its place, with
+nothing in between: HiCache must not look slow through us.
 
 SGLang's scheduler is a spawned process: it imports this module again, so the top level acts there.
 """
@@ -21,10 +22,10 @@ from typing import Any
 
 import torch
 
-Tensor = torch.Tensor
 
-
-def page_runs(sources: Tensor, targets: Tensor, page_size: int) -> Iterator[tuple[int, int, int]]:
+def page_runs(
+    sources: torch.Tensor, targets: torch.Tensor, page_size: int
+) -> Iterator[tuple[int, int, int]]:
     """(first source page, first target page, pages) of runs that are neighbours on both sides.
 
     Args:
@@ -40,16 +41,16 @@ def page_runs(sources: Tensor, targets: Tensor, page_size: int) -> Iterator[tupl
             yield int(source_pages[start]), int(target_pages[start]), end - start
 
 
-def _as_pages(slots: Tensor, page_size: int) -> Tensor:
+def _as_pages(slots: torch.Tensor, page_size: int) -> torch.Tensor:
     """[slots, ...] as [pages, page_size, ...], without a copy."""
     return slots.view(-1, page_size, *slots.shape[1:])
 
 
 def transfer_kv_per_layer_direct_pf_lf(
-    src_ptrs: Sequence[Tensor],
-    dst_ptrs: Sequence[Tensor],
-    src_indices: Tensor,
-    dst_indices: Tensor,
+    src_ptrs: Sequence[torch.Tensor],
+    dst_ptrs: Sequence[torch.Tensor],
+    src_indices: torch.Tensor,
+    dst_indices: torch.Tensor,
     layer_id: int,
     page_size: int,
 ) -> None:
@@ -62,10 +63,10 @@ def transfer_kv_per_layer_direct_pf_lf(
 
 
 def transfer_kv_all_layer_direct_lf_pf(
-    src_ptrs: Sequence[Tensor],
-    dst_ptrs: Sequence[Tensor],
-    src_indices: Tensor,
-    dst_indices: Tensor,
+    src_ptrs: Sequence[torch.Tensor],
+    dst_ptrs: Sequence[torch.Tensor],
+    src_indices: torch.Tensor,
+    dst_indices: torch.Tensor,
     page_size: int,
 ) -> None:
     """All layers' device buffers (K of every layer, then V) to the host pages of each part."""
@@ -80,9 +81,9 @@ def transfer_kv_all_layer_direct_lf_pf(
 
 def _allocate(
     dims: Any, dtype: Any, device: str, pin_memory: bool, allocator: Any, *_: Any, **__: Any
-) -> Tensor:
+) -> torch.Tensor:
     """Plain host memory: there is no device that it would have to be pinned for."""
-    buffer: Tensor = allocator.allocate(dims, dtype=dtype, device=device)
+    buffer: torch.Tensor = allocator.allocate(dims, dtype=dtype, device=device)
     return buffer
 
 
@@ -100,7 +101,7 @@ def supply() -> None:
             setattr(module, operator.__name__, operator)
     common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate
     base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0
-    torch.cpu.Stream.synchronize = _synchronize  # type: ignore[attr-defined]
+    torch.cpu.Stream.synchronize = _synchronize
 
 
 if __name__ in ("__main__", "__mp_main__"):

@@ -64,7 +64,7 @@ HiCache runs with write_through and wait_complete: with its other policies a req
 once misses what was just computed, or starts before its pages are there, and recomputes them. Its
 host <-> device copies on a CPU are ours (scripts/bench/hicache_server.py), one torch copy each.
 
-Ctrl-C keeps what was measured and reports it; --resume goes on. Expect 6 servers of about 1.5 GiB,
+Ctrl-C keeps what was measured and reports it; --resume goes on. Expect 8 servers of about 1.5 GiB,
 2 minutes of start-up per model, and about 1.5 minutes per round and model."""
 
 

@@ -18,8 +18,13 @@ from typing import Any
 
 from bench.serve_cases import Sample
 
-COLOURS = {"none": "#c8c8c8", "l1": "#4c78a8", "hicache": "#f58518", "mooncake": "#b279a2"}
-OURS_COLOUR = "#54a24b"
+COLOURS = {
+    "none": "#c8c8c8",
+    "l1": "#4c78a8",
+    "hicache": "#f58518",
+    "ours": "#54a24b",
+    "ours-lookahead": "#88d27a",
+}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -104,9 +109,9 @@ def single(model: str, system: str, where: str, reuse: int) -> Cell:
     return Cell(model, system, "single", 1, where, reuse)
 
 
-def goals(figures: Figures, ours: str = "ours") -> list[Goal]:
-    """The goals of this benchmark, with concurrency 1."""
-    found = []
+def goals(figures: Figures, ours: str) -> list[Goal]:
+    """The goals of this benchmark for one of our modes, one request at a time."""
+    found: list[Goal] = []
     for model in figures.models:
         for reuse, limit in ((100, 1.10), (50, 1.03)):
             found += _hit_goals(figures, model, ours, reuse, limit)
@@ -163,15 +168,16 @@ def markdown(run: Mapping[str, Any], figures: Figures) -> str:
     lines += ["TTFT in ms: median of all requests (middle half), number of requests.", ""]
     for model in figures.models:
         lines += _ttft_table(figures, model)
-    rows = []
-    for goal in goals(figures):
-        value = "not measured" if goal.value is None else f"{goal.value:.2f}"
-        sign = "≥" if goal.at_least else "≤"
-        verdict = {True: "yes", False: "no", None: "–"}[goal.met]
-        rows.append([goal.text, f"{sign} {goal.limit:.2f}", value, verdict])
     lines += ["Medians over rounds of the ratios within a round, one request at a time:", ""]
-    lines += _table(["", "goal", "measured", "met"], rows)
+    for ours in (name for name in figures.systems if name.startswith("ours")):
+        lines += _table([ours, "goal", "measured", "met"], [_row(g) for g in goals(figures, ours)])
     return "\n".join(lines)
+
+
+def _row(goal: Goal) -> list[str]:
+    value = "not measured" if goal.value is None else f"{goal.value:.2f}"
+    verdict = {True: "yes", False: "no", None: "–"}[goal.met]
+    return [goal.text, f"{'≥' if goal.at_least else '≤'} {goal.limit:.2f}", value, verdict]
 
 
 def _ttft_table(figures: Figures, model: str) -> list[str]:
@@ -221,15 +227,14 @@ def _draw(axis: Any, figures: Figures, model: str, case: str, concurrency: int) 
             if not values:
                 continue
             x = place + (number - (len(figures.systems) - 1) / 2) * width
-            colour = COLOURS.get(system, OURS_COLOUR)
-            axis.bar(x, 1e3 * statistics.median(values), width * 0.9, color=colour)
+            axis.bar(x, 1e3 * statistics.median(values), width * 0.9, color=COLOURS[system])
             axis.plot([x] * len(values), [1e3 * v for v in values], "k.", markersize=3, alpha=0.5)
     unit = "turn {}" if case == "trace" else "{} %"
     axis.set_xticks(range(len(kinds)), [f"{where}, {unit.format(n)}" for _, where, n in kinds])
     axis.set_ylabel("TTFT, ms")
     axis.set_title(f"{model}: {case}, {concurrency} at a time", fontsize=10)
     for system in figures.systems:
-        axis.bar(0, 0, color=COLOURS.get(system, OURS_COLOUR), label=system)
+        axis.bar(0, 0, color=COLOURS[system], label=system)
     axis.legend(ncol=len(figures.systems), frameon=False, fontsize=8)
 
 

@@ -83,6 +83,12 @@ SYSTEMS: dict[str, System] = {
         "SGLang HiCache, three tiers on MemCache", _hicache, launcher=HICACHE_LAUNCHER, servers=2
     ),
     "ours": System("ascend_direct", _ours(), plugins="ascend_direct", servers=2),
+    "ours-lookahead": System(
+        "ascend_direct, load_mode lookahead",
+        _ours(load_mode="lookahead"),
+        plugins="ascend_direct",
+        servers=2,
+    ),
 }
 
 

@@ -53,7 +53,7 @@ def known_run() -> list[Sample]:
 
 
 def test_goals_are_computed_within_rounds() -> None:
-    goals = serve_report.goals(serve_report.Figures(known_run()))
+    goals = serve_report.goals(serve_report.Figures(known_run()), "ours")
     values = {goal.text: goal.value for goal in goals}
     at_100 = "gqa, 100 % reuse: "
     assert values[at_100 + "TTFT of a pool hit ÷ L1 hit"] == pytest.approx(1.04)
@@ -66,7 +66,9 @@ def test_goals_are_computed_within_rounds() -> None:
 
 
 def test_a_goal_is_met_on_the_right_side_of_its_limit_only() -> None:
-    goals = {goal.text: goal for goal in serve_report.goals(serve_report.Figures(known_run()))}
+    goals = {
+        goal.text: goal for goal in serve_report.goals(serve_report.Figures(known_run()), "ours")
+    }
     cut = goals["gqa, 100 % reuse: TTFT cut vs no cache, % (an L1 hit's less 1)"]
     assert cut.limit == pytest.approx(74)
     assert dataclasses.replace(cut, value=74.5).met is True
@@ -75,6 +77,10 @@ def test_a_goal_is_met_on_the_right_side_of_its_limit_only() -> None:
     assert ratio.met is True
     assert dataclasses.replace(ratio, value=1.11).met is False
     assert goals["gqa, 50 % reuse: TTFT of a pool hit ÷ L1 hit"].met is None
+
+
+def test_every_system_has_a_colour() -> None:
+    assert set(serve_report.COLOURS) == set(SYSTEMS)
 
 
 def test_the_spread_is_the_middle_half() -> None:
