@@ -117,6 +117,7 @@ class VerifiedStore(PageStore):
             return []
         answers = self._store.exists(keys)
         new = [row for row, answer in enumerate(answers) if answer is _MISSING]
+        there = [row for row, answer in enumerate(answers) if answer is _OK]
         markers = [_marker(keys[row]) for row in new]
         records = self._records(keys, pages, new)
         content = PageBatch(
@@ -127,7 +128,6 @@ class VerifiedStore(PageStore):
         for i, row in enumerate(new):
             failed = [status for status in (put[i], put[i + len(new)]) if status is not _OK]
             answers[row] = failed[0] if failed else _OK
-        there = [row for row, answer in enumerate(answers) if answer is _OK and row not in set(new)]
         if self._all and there:
             marked = self._store.exists([_marker(keys[row]) for row in there])
             for row, answer in zip(there, marked, strict=True):
