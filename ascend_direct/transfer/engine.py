@@ -298,7 +298,9 @@ class TransferEngine:
     # ---- both ------------------------------------------------------------------------------
 
     def _batches(self, count: int) -> Iterator[slice]:
-        step = max(1, self._limits.batch_bytes // self._layout.object_bytes)
+        """Slices of even size: a call for the odd rest would cost as much as a full one."""
+        most = max(1, self._limits.batch_bytes // self._layout.object_bytes)
+        step = -(-count // -(-count // most)) if count else 1
         for start in range(0, count, step):
             yield slice(start, start + step)
 

@@ -114,6 +114,15 @@ def test_what_one_instance_stores_another_loads_into_other_pages(make) -> None:
     assert not b.memory[:, [0, 20, 31]].any()
 
 
+def test_a_transfer_is_cut_into_calls_of_even_size(make) -> None:
+    a, calls = make(), []
+    a.store.faults["put"].before = lambda keys: calls.append(len(keys))
+    assert a.put(KEYS, range(1, 11))
+    assert calls == [4, 4, 2]
+    assert a.put([f"other{i}" for i in range(5)], range(1, 6))
+    assert calls[3:] == [3, 2], "and not four and one"
+
+
 def test_pages_the_pool_has_are_not_written_again(make) -> None:
     a, b = make(), make()
     a.fill(1)
