@@ -36,7 +36,7 @@ from bench.serve_cases import (
     missed,
     run_turn,
 )
-from bench.serve_systems import SYSTEMS, Running
+from bench.serve_systems import SYSTEMS, Running, stop_all
 
 ROOT = Path(__file__).resolve().parents[2]
 # Tokens of device cache: a burst of whole prompts, twice, so that what is asked again is there.
@@ -199,6 +199,7 @@ class Benchmark:
         make_model(path, model, size=options.size)
         with ExitStack() as undo:
             running = self._start(model, path, undo)
+            undo.callback(stop_all, list(running.values()))
             self._verify(model, running)
             ahead = [t for name in later for t in turns(options, name)]
             for number, turn in enumerate(todo):

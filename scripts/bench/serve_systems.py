@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from two_instances.cluster import FLAG, MemcachePool, Progress
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 HICACHE_LAUNCHER = (sys.executable, "-W", "ignore", "-m", "bench.hicache_server")
-POOL_SIZE = "3GB"
+POOL_SIZE = "1GB"
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,13 @@ class Running:
     def stored_keys(self) -> int:
         """Objects in its pool; 0 without one."""
         return self.pool.stored_pages() if self.pool else 0
+
+
+def stop_all(running: Sequence[Running]) -> None:
+    """End all servers at the same time: each takes seconds."""
+    servers = [server for system in running for server in system.servers]
+    with ThreadPoolExecutor(len(servers)) as pool:
+        list(pool.map(SGLangServer.stop, servers))
 
 
 def python_path() -> str:
