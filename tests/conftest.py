@@ -6,18 +6,23 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 import pytest
 
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+from tests.multi_host import hosts
 
 
-PROBES = {
-    "npu": lambda: _installed("torch_npu"),
-    "memcache": lambda: _installed("memcache_hybrid"),
-    "sglang": lambda: _installed("sglang"),
+def _lacks(module: str) -> Callable[[], str | None]:
+    return lambda: None if importlib.util.find_spec(module) else f"{module} is not installed"
+
+
+# What a marker needs: why it is not to be had here, or None.
+PROBES: dict[str, Callable[[], str | None]] = {
+    "npu": _lacks("torch_npu"),
+    "memcache": _lacks("memcache_hybrid"),
+    "sglang": _lacks("sglang"),
+    "netns": hosts.why_not,
 }
 
 
@@ -25,13 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require",
         default="",
-        help="comma-separated needs (npu,memcache,sglang) whose absence is a failure, not a skip",
+        help="comma-separated needs (npu,memcache,sglang,netns); a missing one fails, not skips",
     )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     required = {need for need in item.config.getoption("--require").split(",") if need}
-    for need, present in PROBES.items():
-        if item.get_closest_marker(need) and not present():
+    for need, why_not in PROBES.items():
+        if item.get_closest_marker(need) and (reason := why_not()):
             outcome = pytest.fail if need in required else pytest.skip
-            outcome(f"needs {need}, which is not here")
+            outcome(f"needs {need}: {reason}")
