@@ -9,7 +9,11 @@ Thread-safe. Exporting them (Prometheus, SGLang's collectors) is the integration
 from __future__ import annotations
 
 import threading
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+
+
+def _count(text: str) -> int:
+    return field(default=0, metadata={"help": text})
 
 
 @dataclass
@@ -20,35 +24,48 @@ class Counts:
     page in several objects once per object.
     """
 
-    lookups: int = 0
-    lookups_from_memo: int = 0
-    lookups_timed_out: int = 0
-    lookup_hit_pages: int = 0
-    loads: int = 0
-    load_pages: int = 0
-    load_bytes: int = 0
-    load_us: int = 0
-    loads_failed: int = 0
-    loads_late: int = 0
-    loads_corrupt: int = 0
-    stores: int = 0
-    store_pages: int = 0
-    store_bytes: int = 0
-    store_us: int = 0
-    store_skipped_pages: int = 0
-    store_failed_pages: int = 0
-    stores_dropped_queue_full: int = 0
-    stores_dropped_deadline: int = 0
-    stores_late: int = 0
-    breaker_opened: int = 0
+    lookups: int = _count(
+        "Lookups by the scheduler; a waiting request is looked up in every round."
+    )
+    lookups_from_memo: int = _count("Lookups answered from the request's last answer.")
+    lookups_timed_out: int = _count("Lookups that the pool did not answer in time.")
+    lookup_hit_pages: int = _count("Pages that lookups promised.")
+    loads: int = _count("Loads that landed.")
+    load_pages: int = _count("Pages loaded.")
+    load_bytes: int = _count("Bytes loaded.")
+    load_us: int = _count("Duration of a load that landed.")
+    loads_failed: int = _count("Loads refused because the pool did not deliver a page.")
+    loads_late: int = _count("Loads given up at their deadline.")
+    loads_corrupt: int = _count("Loads refused because a page did not match its digest.")
+    stores: int = _count("Stores that were written.")
+    store_pages: int = _count("Pages stored.")
+    store_bytes: int = _count("Bytes stored.")
+    store_us: int = _count("Duration of a store.")
+    store_skipped_pages: int = _count("Pages that the pool had already.")
+    store_failed_pages: int = _count("Pages that the pool did not take.")
+    stores_dropped_queue_full: int = _count("Stores dropped because the queue had no room.")
+    stores_dropped_deadline: int = _count("Stores dropped because they were queued for too long.")
+    stores_late: int = _count("Stores given up while their call was under way.")
+    breaker_opened: int = _count("Times that the pool was left alone after failures.")
 
 
 _TROUBLE = ("failed", "late", "corrupt", "dropped", "timed")
-NAMES = tuple(field.name for field in fields(Counts))
+# Counter → what it counts.
+NAMES: dict[str, str] = {each.name: each.metadata["help"] for each in fields(Counts)}
+# What has a level and no total → what it is.
+LEVELS = {
+    "store_queue_bytes": "Bytes of stores that are queued or running.",
+    "withheld_tokens": "Device slots that a pool call may still write to.",
+    "pool_left_alone": "1 while lookups and stores are not tried, except for probes.",
+    "loads_left_alone": "1 while loads are not tried, except for probes.",
+}
 
 
 class Metrics:
     """Counters that several threads add to."""
+
+    # Whether `show` goes anywhere; asked by those who would compute levels for nothing.
+    is_exported = False
 
     def __init__(self) -> None:
         self._counts = Counts()
@@ -59,6 +76,9 @@ class Metrics:
         with self._lock:
             for name, amount in amounts.items():
                 setattr(self._counts, name, getattr(self._counts, name) + amount)
+
+    def show(self, **levels: int) -> None:
+        """Levels of this moment, for exporters."""
 
     def snapshot(self) -> dict[str, int]:
         """All counters at one moment."""

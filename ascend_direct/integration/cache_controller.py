@@ -269,6 +269,15 @@ class CacheControllerDirect(UnifiedCacheLinker):
                 "ascend_direct: %s; the pool is not used until the server is restarted", reason
             )
 
+    def show_levels(self) -> None:
+        """Tell the exporter what is queued, withheld and left alone now."""
+        self.metrics.show(
+            store_queue_bytes=self.engine.stores.held_bytes,
+            withheld_tokens=self.quarantined_tokens,
+            pool_left_alone=int(self.engine.in_trouble),
+            loads_left_alone=int(self.engine.loads_in_trouble),
+        )
+
     # ---- lifecycle -------------------------------------------------------------------------
 
     def reset(self) -> None:

@@ -71,7 +71,7 @@ def build(server_args: Any, params: Any, components: Any, extra: Mapping[str, An
     shard = Shard(ranks.rank, ranks.size) if heads is None else WHOLE
     exchange = _exchange(pool, layout, params, shard, config) if shard.size > 1 else None
     device = Device.of(pool.device)
-    metrics = Metrics()
+    metrics = _metrics(params)
     beliefs = Beliefs(config.belief_pages, config.belief_ttl_ms / 1e3)
     store = _with_options(choose_store(config), config, metrics)
     with ExitStack() as undo:
@@ -87,6 +87,14 @@ def build(server_args: Any, params: Any, components: Any, extra: Mapping[str, An
     return Parts(
         config, layout, keys, shard, exchange, ranks, device, engine, beliefs, metrics, store.name
     )
+
+
+def _metrics(params: Any) -> Metrics:
+    if not params.enable_metrics:
+        return Metrics()
+    from ascend_direct.integration import prometheus
+
+    return prometheus.of_this_rank("HiRadixCacheDirect")
 
 
 def _with_options(store: PageStore, config: DirectConfig, metrics: Metrics) -> PageStore:

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 # Rounds between looks for a store that hangs in its native call: each look is a reduction.
 LATE_STORE_ROUNDS = 32
+LEVELS_INTERVAL_S = 1.0
 
 
 class _LateStore(NamedTuple):
@@ -41,6 +42,7 @@ class HiRadixCacheDirect(UnifiedRadixCache):
         self._late_stores: list[_LateStore] = []
         self._rounds = 0
         self._status_due_s = 0.0
+        self._levels_due_s = 0.0
         super().__init__(params)
 
     @property
@@ -143,6 +145,9 @@ class HiRadixCacheDirect(UnifiedRadixCache):
     def _log_status(self, controller: CacheControllerDirect) -> None:
         interval_s = controller.config.log_interval_s
         now_s = time.monotonic()
+        if controller.metrics.is_exported and now_s >= self._levels_due_s:
+            self._levels_due_s = now_s + LEVELS_INTERVAL_S
+            controller.show_levels()
         if not interval_s or now_s < self._status_due_s:
             return
         if self._status_due_s:

@@ -113,6 +113,11 @@ class TransferEngine:
         return self._breaker.is_open
 
     @property
+    def loads_in_trouble(self) -> bool:
+        """The same of loads."""
+        return self._load_breaker.is_open
+
+    @property
     def may_load(self) -> bool:
         """Whether a load would be tried now; a hit promised otherwise costs device slots only."""
         return not self._loading.busy and self._load_breaker.due(time.monotonic())

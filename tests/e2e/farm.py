@@ -58,7 +58,12 @@ _CHUNKED = ("--chunked-prefill-size", "512")
 _NO_OVERLAP = ("--disable-overlap-schedule",)
 SETUPS = {
     # What an operator gets; on a loaded machine a lookup may take longer than in production.
-    "page64": Setup(64, _memcache, (), {"lookup_timeout_ms": 2_000, "load_timeout_ms": 20_000}),
+    "page64": Setup(
+        64,
+        _memcache,
+        ("--enable-metrics",),
+        {"lookup_timeout_ms": 2_000, "load_timeout_ms": 20_000},
+    ),
     "faults": Setup(
         16,
         FaultyPool,

@@ -46,6 +46,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Modules that only servers with an option run; not in the core's budget, nor in a store's.
 OPTIONAL = {
     "integration/lookahead.py": "load_mode: lookahead",
+    "integration/prometheus.py": "--enable-metrics",
     "store/attach.py": "on_pool_unavailable: degrade",
     "store/memcache_clear.py": "pool clear",
     "store/verified.py": "verify: sample, all",
