@@ -126,6 +126,12 @@ class SGLangClient:
         info: dict[str, Any] = json.loads(self.get_text("/server_info"))
         return info
 
+    def post(self, path: str, body: Mapping[str, Any], timeout_s: float = 300.0) -> dict[str, Any]:
+        """JSON to a route, JSON back, such as `/v1/completions`."""
+        with closing(self._open(path, body, timeout_s)) as response:
+            answer: dict[str, Any] = json.load(response)
+        return answer
+
     def get_text(self, path: str, timeout_s: float = 60.0) -> str:
         """Body of a GET, e.g. `/metrics` of a server started with `--enable-metrics`."""
         with closing(self._open(path, None, timeout_s)) as response:
