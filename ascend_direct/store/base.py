@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
 
-from ascend_direct.errors import ConfigError
+from ascend_direct.errors import ConfigError, StoreError
 from ascend_direct.page_layout import Addresses, Region
 
 ENTRY_POINT_GROUP = "ascend_direct.stores"
@@ -174,6 +174,17 @@ class PageStore(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release everything. Transfers have ended before."""
+
+
+def one_each(operation: str, keys: Sequence[str], statuses: list[PageStatus]) -> list[PageStatus]:
+    """The statuses, one per key; a key without an answer must not pass for stored.
+
+    Raises:
+        StoreError: a store has broken its contract.
+    """
+    if len(statuses) != len(keys):
+        raise StoreError(operation, f"{len(statuses)} answers for {len(keys)} keys")
+    return statuses
 
 
 StoreFactory = Callable[[dict[str, Any]], PageStore]

@@ -32,6 +32,7 @@ from ascend_direct.store.base import (
     PageStore,
     StoreContext,
     StoreStats,
+    one_each,
 )
 from ascend_direct.store.device_copy import DeviceReader
 from ascend_direct.store.host_copy import HostSpans
@@ -90,11 +91,19 @@ class VerifiedStore(PageStore):
     def exists(self, keys: Sequence[str]) -> list[PageStatus]:
         if not self._all:
             return self._store.exists(keys)
-        answers = self._store.exists([*keys, *map(_marker, keys)])
+        answers = self._exists([*keys, *map(_marker, keys)])
         pages, markers = answers[: len(keys)], answers[len(keys) :]
         return [
             page if page is not _OK else marker for page, marker in zip(pages, markers, strict=True)
         ]
+
+    # Another's store may break its contract; which digest belongs to which page must stay known.
+
+    def _exists(self, keys: Sequence[str]) -> list[PageStatus]:
+        return one_each("exists", keys, self._store.exists(keys))
+
+    def _put(self, keys: Sequence[str], pages: PageBatch) -> list[PageStatus]:
+        return one_each("put", keys, self._store.put(keys, pages))
 
     # ---- put -------------------------------------------------------------------------------
 
@@ -104,7 +113,7 @@ class VerifiedStore(PageStore):
             zip(rows, self._prepare([keys[row] for row in rows], _some(pages, rows)), strict=True)
         )
         todo = [row for row in range(len(keys)) if answers.get(row, _OK) is _OK]
-        stored = self._store.put([keys[row] for row in todo], _some(pages, todo))
+        stored = self._put([keys[row] for row in todo], _some(pages, todo))
         answers |= dict(zip(todo, stored, strict=True))
         return [answers[row] for row in range(len(keys))]
 
@@ -115,7 +124,7 @@ class VerifiedStore(PageStore):
         """
         if not keys:
             return []
-        answers = self._store.exists(keys)
+        answers = self._exists(keys)
         new = [row for row, answer in enumerate(answers) if answer is _MISSING]
         there = [row for row, answer in enumerate(answers) if answer is _OK]
         markers = [_marker(keys[row]) for row in new]
@@ -124,12 +133,12 @@ class VerifiedStore(PageStore):
             _some(pages, new * 2).addresses[:, :1], (min(_CONTENT_BYTES, pages.lengths_bytes[0]),)
         )
         # Marker first: of equally old objects a pool that evicts takes the first stored first.
-        put = self._store.put([*markers, *records], content)
+        put = self._put([*markers, *records], content)
         for i, row in enumerate(new):
             failed = [status for status in (put[i], put[i + len(new)]) if status is not _OK]
             answers[row] = failed[0] if failed else _OK
         if self._all and there:
-            marked = self._store.exists([_marker(keys[row]) for row in there])
+            marked = self._exists([_marker(keys[row]) for row in there])
             for row, answer in zip(there, marked, strict=True):
                 # Another server's page without digests cannot be replaced, nor used by us.
                 answers[row] = PageStatus.FAILED if answer is _MISSING else answer
@@ -138,10 +147,10 @@ class VerifiedStore(PageStore):
     # ---- get -------------------------------------------------------------------------------
 
     def get(self, keys: Sequence[str], pages: PageBatch) -> list[PageStatus]:
-        answers = self._store.get(keys, pages)
+        answers = one_each("get", keys, self._store.get(keys, pages))
         rows = [row for row in self._checked(keys) if answers[row] is _OK]
         if rows:
-            found = self._store.exists(self._records(keys, pages, rows))
+            found = self._exists(self._records(keys, pages, rows))
             for row, answer in zip(rows, found, strict=True):
                 answers[row] = answer
             self._judge(keys, answers, [row for row in rows if answers[row] is _MISSING])
@@ -152,7 +161,7 @@ class VerifiedStore(PageStore):
         if not rows:
             return
         corrupt = []
-        marked = self._store.exists([_marker(keys[row]) for row in rows])
+        marked = self._exists([_marker(keys[row]) for row in rows])
         for row, marker in zip(rows, marked, strict=True):
             if marker is _OK:
                 answers[row] = _MISMATCH

@@ -19,7 +19,7 @@ from ascend_direct.device import Device, Fence
 from ascend_direct.errors import StoreError
 from ascend_direct.metrics import Metrics
 from ascend_direct.page_layout import Addresses, PageLayout
-from ascend_direct.store.base import PageBatch, PageStatus, PageStore
+from ascend_direct.store.base import PageBatch, PageStatus, PageStore, one_each
 from ascend_direct.transfer.breaker import Breaker
 from ascend_direct.transfer.courier import Courier, Result, Ticket
 from ascend_direct.transfer.store_queue import Pages, StoreJob, StoreQueue
@@ -158,7 +158,7 @@ class TransferEngine:
         known, size = 0, FIRST_PROBE_KEYS
         while known < len(keys) and not ticket.cancelled.is_set():
             chunk = keys[known : known + size]
-            statuses = _of_each("exists", chunk, self._store.exists(chunk))
+            statuses = one_each("exists", chunk, self._store.exists(chunk))
             held = next(
                 (i for i, status in enumerate(statuses) if status is not PageStatus.OK), len(chunk)
             )
@@ -268,7 +268,7 @@ class TransferEngine:
         rows = self._layout.addresses(job.pages())
         begin = time.monotonic()
         try:
-            present = _of_each("exists", job.keys, self._store.exists(job.keys))
+            present = one_each("exists", job.keys, self._store.exists(job.keys))
             todo = [i for i, status in enumerate(present) if status is not PageStatus.OK]
             failed = self._put_all(job, rows, todo)
         except StoreError as error:
@@ -296,7 +296,7 @@ class TransferEngine:
         for part in self._batches(len(todo)):
             chosen = list(todo[part])
             keys = [job.keys[i] for i in chosen]
-            statuses = _of_each("put", keys, self._store.put(keys, self._batch(rows[chosen])))
+            statuses = one_each("put", keys, self._store.put(keys, self._batch(rows[chosen])))
             failed += [i for i, s in zip(chosen, statuses, strict=True) if s is not PageStatus.OK]
         return failed
 
@@ -353,10 +353,3 @@ def _answer(ticket: Ticket[Result]) -> Result:
     except Exception as error:
         logger.exception("a store broke its contract")
         raise StoreError("store", f"unexpected {type(error).__name__}: {error}") from error
-
-
-def _of_each(operation: str, keys: Sequence[str], statuses: list[PageStatus]) -> list[PageStatus]:
-    """The statuses, one per key; a key without an answer must not pass for stored."""
-    if len(statuses) != len(keys):
-        raise StoreError(operation, f"{len(statuses)} answers for {len(keys)} keys")
-    return statuses

@@ -12,7 +12,7 @@ import logging
 import numpy as np
 import pytest
 
-from ascend_direct.errors import ConfigError, StoreUnavailable
+from ascend_direct.errors import ConfigError, StoreError, StoreUnavailable
 from ascend_direct.page_key import Namespace, PageKeys
 from ascend_direct.store.base import MAX_KEY_BYTES, Memory, PageStatus, PageStore, StoreContext
 from ascend_direct.store.local import create
@@ -237,6 +237,20 @@ def test_a_real_store_is_verified_too(tmp_path) -> None:
     assert store.exists(keys) == [OK] * 4
     assert store.get(keys, pages) == [OK] * 4
     store.close()
+
+
+@pytest.mark.parametrize("operation", ["exists", "get", "put"])
+def test_a_store_that_does_not_answer_for_every_key_has_failed_as_a_whole(
+    pool: MemoryPool, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    server = Server(pool, "all")
+    keys = new_keys(3)
+    server.put(keys)
+    whole = getattr(server.inner, operation)
+    monkeypatch.setattr(server.inner, operation, lambda *arguments: whole(*arguments)[:-1])
+    calls = {"exists": server.store.exists, "get": server.get, "put": server.put}
+    with pytest.raises(StoreError, match=r"\d answers for \d keys"):
+        calls[operation](new_keys(3) if operation == "put" else keys)
 
 
 def test_device_memory_without_the_ascend_runtime_is_refused(
