@@ -39,7 +39,16 @@ def measure(
     """Ask, stop the pool on the way, ask on; `how` is `stop` (SIGSTOP) or `kill`."""
     pool = MemcachePool(members=3, member_size="64MB")
     with ExitStack() as stack:
-        plain = {n: SGLangServer(model, SERVER_ARGS, name=n, progress=say) for n in WITHOUT}
+        plain = {
+            name: SGLangServer(
+                model,
+                SERVER_ARGS,
+                name=name,
+                log_path=folder / "logs" / f"{name.replace(' ', '_')}.log",
+                progress=say,
+            )
+            for name in WITHOUT
+        }
         for server in plain.values():
             stack.callback(server.stop)
             server.start()
