@@ -60,6 +60,8 @@ CPU_ARGS: tuple[str, ...] = (
     "--sleep-on-idle",
 )
 
+Environment = Callable[[Path, int, Mapping[str, str]], dict[str, str]]
+
 _PORTS = range(20000, 30000)  # below the kernel's range for outgoing connections
 _LOG_TAIL_LINES = 40
 _EXCEPTION = re.compile(r"^\w[\w.]*(?:Error|Exception)\b.*$", re.MULTILINE)
@@ -127,7 +129,8 @@ class SGLangServer(SGLangClient):
 
     `args` are added to CPU_ARGS and win over them; `env` wins over CPU_ENV. `start()` and
     `wait_ready()` are separate so that two servers can load at the same time; a stopped server can
-    be started again on the same port and appends to the same log. `launcher` is for tests.
+    be started again on the same port and appends to the same log. `launcher` is for tests;
+    `machine_args` and `environment` replace what a CPU needs on other machines.
     """
 
     def __init__(
@@ -143,6 +146,8 @@ class SGLangServer(SGLangClient):
         start_timeout_s: float = 300.0,
         progress: Callable[[str], None] | None = print_progress,
         launcher: Sequence[str] = LAUNCHER,
+        machine_args: Sequence[str] = CPU_ARGS,
+        environment: Environment | None = None,
     ) -> None:
         super().__init__(LOOPBACK, free_port() if port is None else port)
         self.name = name
@@ -153,12 +158,12 @@ class SGLangServer(SGLangClient):
         self.command = [
             *launcher,
             *address,
-            *CPU_ARGS,
+            *machine_args,
             *model_arguments(model),
             *parallel,
             *args,
         ]
-        self._env = cpu_environment(model, tp_size, env or {})
+        self._env = (environment or cpu_environment)(model, tp_size, env or {})
         self._start_timeout_s = start_timeout_s
         self._progress = progress or (lambda line: None)
         self._process: subprocess.Popen[bytes] | None = None

@@ -121,13 +121,15 @@ class MemcachePool(Pool):
         members: int = 1,
         member_size: str = "1GB",
         world_size: int = 16,
+        emulated: bool = True,
     ) -> None:
-        self.name = f"MemCache ({protocol}, driver emulation)"
+        self.name = f"MemCache ({protocol}{', driver emulation' if emulated else ''})"
         self._protocol = protocol
         self._member_size = member_size
         self._member_count = members
         self._world_size = world_size
-        self.meta = memcache_pool.MetaServiceProcess(protocol=protocol)
+        environment = None if emulated else {}
+        self.meta = memcache_pool.MetaServiceProcess(protocol=protocol, environment=environment)
         self.members: list[subprocess.Popen[bytes]] = []
         self._logs = Path(tempfile.mkdtemp(prefix="pool-member-"))
 
