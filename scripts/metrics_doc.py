@@ -39,6 +39,8 @@ cache. Without it nothing is exported and prometheus_client is not imported.
 |---|---|---|
 """
 LOAD_TIMES = "sum(rate(ascend_direct_load_seconds_bucket[1m])) by (le)"
+CACHED = 'sglang:cached_tokens_total{cache_source!="total"}'
+CACHED_BY_SOURCE = f"sum(rate({CACHED}[1m])) by (cache_source)"
 PER_RANK = " by (tp_rank)"
 # Title, unit, (PromQL, legend) of each panel.
 PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
@@ -47,7 +49,7 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         "short",
         (
             (
-                'sum(rate(sglang:cached_tokens_total{cache_source!="total"}[1m])) by (cache_source)',
+                CACHED_BY_SOURCE,
                 "{{cache_source}}",
             ),
             ("sum(rate(sglang:prompt_tokens_total[1m]))", "all"),
