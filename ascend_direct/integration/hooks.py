@@ -70,8 +70,15 @@ def install_look_ahead(cache: Any, look_ahead: LookAhead) -> None:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from ascend_direct.integration.lookahead import promised_tokens
+
     def before_round(scheduler: Any, *args: Any, **kwargs: Any) -> None:
-        look_ahead.round(cache, scheduler.waiting_queue)
+        promised = promised_tokens(
+            scheduler.chunked_req,
+            scheduler.running_batch.reqs,
+            scheduler.new_token_ratio_tracker.current,
+        )
+        look_ahead.round(cache, scheduler.waiting_queue, promised)
 
     def admit(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         waiting = scheduler.waiting_queue

@@ -34,7 +34,27 @@ from ascend_direct.transfer import LoadOutcome, Ticket
 
 # Requests looked ahead for at one time. Their reads queue up behind each other anyway.
 MOST_REQUESTS = 16
+# Of one request, as SGLang's prefill budget clips it (CLIP_MAX_NEW_TOKENS).
+MOST_NEW_TOKENS = 4096
 PENDING = -1
+
+
+def promised_tokens(chunked: Any, running: Sequence[Any], share: float) -> int:
+    """Slots that scheduled requests will need: the rest of a prompt that is computed in chunks, and
+    what running requests may generate, of which SGLang reckons with a share.
+
+    Args:
+        chunked: SGLang's chunked request, or None.
+        running: requests that decode.
+        share: SGLang's current new-token ratio.
+    """
+    tokens = 0
+    if chunked is not None:
+        tokens += len(chunked.full_untruncated_fill_ids) - chunked.kv.kv_allocated_len
+    for req in running:
+        left = req.sampling_params.max_new_tokens - len(req.output_ids)
+        tokens += int(min(left, MOST_NEW_TOKENS) * share)
+    return max(0, tokens)
 
 
 class _Question:
@@ -165,6 +185,7 @@ class LookAhead:
         self._left: list[_Ahead] = []
         self._seen: set[str] = set()
         self._read_pages = 0
+        self._promised_tokens = 0
 
     # ---- what others see -------------------------------------------------------------------
 
@@ -205,26 +226,35 @@ class LookAhead:
 
     # ---- once per round --------------------------------------------------------------------
 
-    def round(self, cache: Any, waiting: Sequence[Any]) -> None:
+    def round(self, cache: Any, waiting: Sequence[Any], promised_tokens: int) -> None:
         """Act on what has come in, then look ahead for further requests. On every rank.
 
         Args:
             cache: the tree the pages join.
             waiting: SGLang's waiting queue.
+            promised_tokens: slots that requests already scheduled will need.
         """
+        self._promised_tokens = promised_tokens
         self._advance(cache)
         for req in waiting:
-            if len(self._ahead) >= MOST_REQUESTS:
+            if len(self._ahead) >= MOST_REQUESTS or self._room(cache) <= 0:
                 break
             if req.rid not in self._seen:
                 self._begin(cache, req)
+
+    def _room(self, cache: Any) -> int:
+        """Slots that may be taken: SGLang does not look again before it uses promised ones."""
+        free: int = cache.token_to_kv_pool_allocator.available_size()
+        evictable: int = cache.evictable_size()
+        return free + evictable - self._promised_tokens
 
     def _begin(self, cache: Any, req: Any) -> None:
         """Match a request on the device and ask the pool for the rest."""
         req.init_next_round_input(cache, cow_mamba=False)
         hashes = self._hashes.pop(req.rid, ())
         self._seen.add(req.rid)
-        if len(hashes) < self._min_pages:
+        # Its prefix will be locked, and cannot be evicted for a promise any more.
+        if len(hashes) < self._min_pages or self._room(cache) < req.prefix_len:
             return
         self._ahead[req.rid] = _Ahead(
             req,
@@ -246,7 +276,7 @@ class LookAhead:
         answers, in_time = agreed[: len(ones)], agreed[len(ones) :]
         for one, answer, timely in zip(ones, answers, in_time, strict=True):
             if one.reading is None:
-                if answer != PENDING and self._is_next(answer):
+                if answer != PENDING and self._is_next(cache, answer):
                     self._read(cache, one, answer)
                 elif not timely:
                     self._leave(cache, one)
@@ -255,10 +285,12 @@ class LookAhead:
             elif not timely and one not in self._left:
                 self._leave(cache, one)
 
-    def _is_next(self, pages: int) -> bool:
-        """Whether to go on now, and not when reads before this one have given back their slots."""
+    def _is_next(self, cache: Any, pages: int) -> bool:
+        """Whether to go on now, and not when there is more room."""
         tokens = pages * self._page_size
-        return tokens > self._most_tokens or self.held_tokens + tokens <= self._most_tokens
+        if pages < self._min_pages or tokens > self._most_tokens:
+            return True  # and without
+        return self.held_tokens + tokens <= self._most_tokens and tokens <= self._room(cache)
 
     def _read(self, cache: Any, one: _Ahead, pages: int) -> None:
         """Start to read, if that is worth while and there is room."""

@@ -39,6 +39,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from ascend_direct.integration.cache_controller import CacheControllerDirect
+from ascend_direct.integration.lookahead import promised_tokens
 from ascend_direct.integration.radix_cache import HiRadixCacheDirect
 
 from ..fakes.memory_store import MemoryPool, MemoryStore
@@ -48,6 +49,7 @@ from .oracle import VOCAB_SIZE, Ledger, States, next_token, seed_of
 from .served import Phase, Served
 
 CONTEXT = 640
+NEW_TOKEN_RATIO = 0.5
 WHOLE = 8192  # a chunk that holds any prompt: SGLang's default
 _RIDS = itertools.count()
 
@@ -171,8 +173,13 @@ class Instance:
         """What precedes each scheduling decision."""
         if self.look_ahead is not None:
             waiting = [s.req for s in self.requests if s.phase is Phase.WAITING]
-            self.look_ahead.round(self.tree, waiting)
+            self.look_ahead.round(self.tree, waiting, self._promised())
         self.tree.check_hicache_events()
+
+    def _promised(self) -> int:
+        chunked = next((s.req for s in self.requests if s.phase is Phase.CHUNKED), None)
+        running = [s.req for s in self.requests if s.phase is Phase.RUNNING]
+        return promised_tokens(chunked, running, NEW_TOKEN_RATIO)
 
     def match(self, served: Served) -> None:
         """What SGLang does in each round with a waiting request."""
@@ -219,7 +226,7 @@ class Instance:
             self.tree,
             self.allocator,
             ScheduleBatch(reqs=running),
-            new_token_ratio=0.5,
+            new_token_ratio=NEW_TOKEN_RATIO,
             rem_input_tokens=16384,
             rem_chunk_tokens=chunk,
         )

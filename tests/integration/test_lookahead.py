@@ -160,6 +160,23 @@ def test_a_prefix_larger_than_the_share_is_recomputed(make) -> None:
     assert b.serve(TOKENS).tiers["storage"] == 0
 
 
+@pytest.mark.parametrize("core", CORES)
+def test_a_prompt_computed_in_chunks_finds_the_slots_it_was_promised(make, core) -> None:
+    a, b = make(core=core), make(core=core, config={**AHEAD, "lookahead_percent": 100}, tokens=512)
+    serve_and_store(a, TOKENS)
+    long = b.submit(prompt(400, seed=3), new_tokens=1)
+    eventually(lambda: b.prefill(long, 48))
+    waiting = b.submit(TOKENS)
+    for _ in range(20):  # 464 slots are free and 352 of them are promised
+        b.round()
+        audit(b)
+        assert b.look_ahead.held_tokens == 0
+    while long.phase is Phase.CHUNKED:
+        assert b.prefill(long, 48)
+    finish(b, waiting)
+    assert waiting.tiers["storage"] == 192
+
+
 def test_a_flush_ends_what_is_under_way(make) -> None:
     a, b = make(), make(config=AHEAD)
     serve_and_store(a, TOKENS)
