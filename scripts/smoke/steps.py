@@ -30,7 +30,9 @@ from smoke.place import Place
 OUTPUT_TOKENS = 4
 MIN_POOL_SHARE = 0.9
 STORED_TIMEOUT_S = 60.0
-BACK_TIMEOUT_S = 240.0
+PATIENCE_S, BACK_TIMEOUT_S = 120.0, 240.0  # before and after the servers are started again
+# The pool has just been down: a few loads may still be late, and are recomputed as they should be.
+MAX_RECOMPUTED_SHARE, MAX_RECOMPUTED = 0.02, 3
 DOCTOR_TIMEOUT_S = 120.0
 UNKNOWN_COMMAND = 2
 
@@ -131,26 +133,49 @@ class Family:
         return {"identical": report.identical, "tokens_by_tier": report.tokens_by_tier}
 
     def fault(self) -> Facts:
-        """The whole pool dies: answers stay right. It comes back: B loads from it again."""
+        """The whole pool dies: answers stay right. It comes back: B loads from it again, if need be
+        after the servers were started again, too."""
         a, b = self._servers
         (prompt,) = self._new_prompts(1)
         right = ask(a, prompt, OUTPUT_TOKENS).output_ids
+        self._kill_pool()
+        without = ask(b, prompt, OUTPUT_TOKENS)
+        if without.output_ids != right:
+            raise StepFailed(f"without a pool B answered {without.output_ids}, A {right}")
+        self._revive_pool()
+        back_s = self._back_after_s(PATIENCE_S)
+        started_over = back_s is None
+        if started_over:  # MemCache 1.3 may let nobody in: docs/operations.md says what to do then
+            for server in self._servers:
+                server.stop()
+            self._kill_pool()
+            self._revive_pool()
+            self._pool.meta.wait_linked(len(self._pool.members), BACK_TIMEOUT_S)
+            for server in self._servers:
+                server.start()
+            for server in self._servers:
+                server.wait_ready()
+            back_s = self._back_after_s(BACK_TIMEOUT_S)
+        if back_s is None:
+            raise StepFailed("the pool and both servers were started again, but B loads nothing")
+        return {"back_after_s": back_s, "servers_started_again": started_over}
+
+    def _kill_pool(self) -> None:
         self._pool.meta.kill()
         for member in self._pool.members:
             member.kill()
             member.wait()
-        without = ask(b, prompt, OUTPUT_TOKENS)
-        if without.output_ids != right:
-            raise StepFailed(f"without a pool B answered {without.output_ids}, A {right}")
+
+    def _revive_pool(self) -> None:
         self._pool.meta.start_again()
         for number in range(len(self._pool.members)):
             self._pool.replace_member(number)
-        return {"back_after_s": self._back_after_s()}
 
-    def _back_after_s(self) -> float:
+    def _back_after_s(self, timeout_s: float) -> float | None:
+        """Seconds until B loads what A stores, or None; no answer may be wrong meanwhile."""
         a, b = self._servers
         begin_s = time.monotonic()
-        while (waited_s := time.monotonic() - begin_s) < BACK_TIMEOUT_S:
+        while (waited_s := time.monotonic() - begin_s) < timeout_s:
             (prompt,) = self._new_prompts(1)
             right = ask(a, prompt, OUTPUT_TOKENS).output_ids
             time.sleep(2.0)  # A's write-back; if it took longer, the next round sees it
@@ -159,21 +184,22 @@ class Family:
                 raise StepFailed(f"after the pool's return B answered {got.output_ids}, A {right}")
             if got.cached_tokens_details.get("storage", 0):
                 return round(waited_s, 1)
-        raise StepFailed(f"B has not loaded from the pool {BACK_TIMEOUT_S:.0f} s after its return")
+        return None
 
     def bench(self) -> Facts:
         """Time to first token: computed by A against loaded by B, prompt by prompt."""
-        a, b = self._servers
-        prompts = self._new_prompts(self._count)
-        computed_s, loaded_s = [], []
-        for prompt in prompts:
-            before = self._pool.stored_pages()
-            computed_s.append(ask(a, prompt, OUTPUT_TOKENS).ttft_s or 0.0)
-            self._wait_stored(before, 1)
-            hit = ask(b, prompt, OUTPUT_TOKENS)
-            if not hit.cached_tokens_details.get("storage", 0):
-                raise StepFailed("a prompt that was stored was not loaded")
-            loaded_s.append(hit.ttft_s or 0.0)
+        computed_s: list[float] = []
+        loaded_s: list[float] = []
+        recomputed = 0
+        while len(loaded_s) < self._count:
+            times_s = self._compute_and_load()
+            if times_s is not None:
+                computed_s.append(times_s[0])
+                loaded_s.append(times_s[1])
+                continue
+            recomputed += 1
+            if recomputed > MAX_RECOMPUTED_SHARE * self._count + MAX_RECOMPUTED:
+                raise StepFailed(f"{recomputed} stored prompts were recomputed, not loaded")
         change = median(loaded_s) / median(computed_s) - 1
         if change >= 0 and not self._place.emulated:  # a tiny model on a CPU says nothing of speed
             raise StepFailed(f"loading is not faster than computing: TTFT {change:+.1%}")
@@ -181,8 +207,21 @@ class Family:
             "ttft_computed_s": computed_s,
             "ttft_loaded_s": loaded_s,
             "ttft_change": round(change, 4),
+            "recomputed": recomputed,
             "judged": not self._place.emulated,
         }
+
+    def _compute_and_load(self) -> tuple[float, float] | None:
+        """TTFT of a new prompt on A and then on B, seconds; None if B could not load all of it."""
+        a, b = self._servers
+        (prompt,) = self._new_prompts(1)
+        before = self._pool.stored_pages()
+        cold = ask(a, prompt, OUTPUT_TOKENS)
+        self._wait_stored(before, 1)
+        hit = ask(b, prompt, OUTPUT_TOKENS)
+        if hit.cached_tokens_details.get("storage", 0) < MIN_POOL_SHARE * len(prompt):
+            return None
+        return cold.ttft_s or 0.0, hit.ttft_s or 0.0
 
     def _new_prompts(self, count: int) -> list[list[int]]:
         self._seed += 1

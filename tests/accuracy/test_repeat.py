@@ -133,7 +133,8 @@ def test_a_refused_request_is_reported_and_asked_again(
 def test_ctrl_c_keeps_the_results(dataset: Path) -> None:
     pool: set[tuple[int, ...]] = set()
     out = dataset.with_name("out.jsonl")
-    with FakeModel(pool, delay_s=0.3) as a, FakeModel(pool) as b:
+    # B's first answers take longer than a busy machine needs to deliver the signal.
+    with FakeModel(pool) as a, FakeModel(pool, delay_s=15.0) as b:
         command = [sys.executable, "-m", "accuracy.repeat", "--a", a.url, "--b", b.url]
         with subprocess.Popen(
             [*command, "--dataset", str(dataset), "--out", str(out)],
@@ -147,11 +148,11 @@ def test_ctrl_c_keeps_the_results(dataset: Path) -> None:
                 assert time.monotonic() < deadline_s
                 time.sleep(0.02)
             process.send_signal(signal.SIGINT)
-            text, _ = process.communicate(timeout=60)
+            text, _ = process.communicate(timeout=120)
     assert process.returncode == 130, text
     assert "Traceback" not in text
     lines = out.read_text().splitlines()
-    assert 3 <= len(lines) <= len(PROMPTS)
+    assert 3 <= len(lines) < 1 + 2 * len(PROMPTS), "the settings, then some of the answers"
     assert all(json.loads(line) for line in lines)
 
 

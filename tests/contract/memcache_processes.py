@@ -44,6 +44,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CALL_TIMEOUT_S = 90.0
 NULL_OFFSET = -1
 COMMAND = "ascend_direct.cli.main"
+EXIT_UNAVAILABLE = 3
+LOG_TAIL_CHARS = 4000
 
 
 class SharedArena(Arena):
@@ -188,10 +190,18 @@ class PoolMember:
             )
 
     def joined(self) -> dict[str, Any]:
-        """Its first line of output."""
+        """Its first line of output.
+
+        Raises:
+            StoreUnavailable: the member gave up because it found no pool to join.
+        """
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, f"the member ended with {self.process.wait()}: {self._log_path.read_text()}"
+        if not line:
+            code, log = self.process.wait(), self._log_path.read_text()[-LOG_TAIL_CHARS:]
+            if code == EXIT_UNAVAILABLE:
+                raise StoreUnavailable("join", f"the member gave up: {log}")
+            raise AssertionError(f"the member ended with {code}: {log}")
         event: dict[str, Any] = json.loads(line)
         return event
 

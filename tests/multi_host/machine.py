@@ -11,13 +11,15 @@ no directory with each other: what one can see of another comes over the network
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ascend_direct.device import PASSED, Device
+from ascend_direct.errors import StoreUnavailable
 from ascend_direct.metrics import Metrics
 from ascend_direct.page_layout import PageLayout, Span
 from ascend_direct.store.base import StoreContext
@@ -42,6 +44,8 @@ DRAM_SIZE = "32MB"
 LAYERS, PAGES, SPAN_BYTES = 2, 16, 4096
 PARTS = ("k", "v")
 STORE_TIMEOUT_S = 60.0
+LET_IN_S = 240.0  # MetaService may try each dead process for 30 s, several times
+Joined = TypeVar("Joined")
 # As a server has them, but for a machine whose two cores run everything.
 LIMITS = TransferLimits(
     lookup_timeout_s=2.0,
@@ -77,25 +81,46 @@ class Machine:
         self.host = host
         self._environment = host_environment(folder)
         self._pool = {"protocol": "host_tcp", "max_dram_size": DRAM_SIZE, "world_size": 16, **pool}
-        self._folder = folder
+        self._log = folder / "processes.log"
         self.arena = SharedArena(folder / "kv", LAYERS * len(PARTS) * PAGES * SPAN_BYTES)
         self._running: list[PoolMember | StoreProcess] = []
 
     def start(self) -> None:
-        """Both processes join; returns when they are linked with all others."""
-        giving = {**self._section(MEMBER_PORT), "dram_size": DRAM_SIZE}
-        log, prefix = self._folder / "processes.log", self.host.prefix
-        member = PoolMember(self._environment, giving, log, prefix)
-        self._running.append(member)
-        self.member_id = str(member.joined()["member_id"])
-        taking = {**self._section(CLIENT_PORT), "preferred_members": [self.member_id]}
-        self.client = StoreProcess(self._environment, taking, self.arena, log, prefix)
-        self._running.append(self.client)
-        self.client.open(StoreContext())
+        """Both processes join; returns when they are linked with all others.
+
+        A process that gives up is started again, as an init system does: MetaService lets nobody in
+        while it waits for one that has died.
+        """
+        self.member_id = str(self._until_let_in(self._join_member)["member_id"])
+        self._until_let_in(self._join_client)
         self.engine = TransferEngine(
             self.client, self._layout(), Device("cpu"), LIMITS, Metrics(), lambda keys: None
         )
         self.engine.start()
+
+    def _until_let_in(self, join: Callable[[], Joined]) -> Joined:
+        deadline_s = time.monotonic() + LET_IN_S
+        while True:
+            try:
+                return join()
+            except StoreUnavailable:
+                self._running.pop().kill()
+                if time.monotonic() > deadline_s:
+                    raise
+
+    def _join_member(self) -> dict[str, Any]:
+        giving = {**self._section(MEMBER_PORT), "dram_size": DRAM_SIZE}
+        member = PoolMember(self._environment, giving, self._log, self.host.prefix)
+        self._running.append(member)
+        return member.joined()
+
+    def _join_client(self) -> None:
+        taking = {**self._section(CLIENT_PORT), "preferred_members": [self.member_id]}
+        self.client = StoreProcess(
+            self._environment, taking, self.arena, self._log, self.host.prefix
+        )
+        self._running.append(self.client)
+        self.client.open(StoreContext())
 
     def power_off(self) -> None:
         """Both processes end at once, as with the power; the cable stays as it is."""

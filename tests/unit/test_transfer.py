@@ -445,6 +445,8 @@ def test_nothing_grows_while_the_pool_never_answers(make) -> None:
 
 
 def test_close_ends_all_threads(make) -> None:
+    before = set(threading.enumerate())  # another test's hung store may keep its own for minutes
     a = make()
+    assert set(threading.enumerate()) - before, "an engine has threads"
     a.engine.close()
-    eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith("ad-")])
+    eventually(lambda: not set(threading.enumerate()) - before)
