@@ -236,6 +236,12 @@ class DirectConfig(_Section):
     selective_hits: int = Field(
         2, ge=2, le=100, description="write_through_selective: store a prefix at its n-th use."
     )
+    decode_stride_tokens: int = Field(
+        1024,
+        ge=0,
+        description="PD decode: a running answer is stored each time it has grown by this many "
+        "tokens; 0 stores it when it ends.",
+    )
     min_load_tokens: int = Field(
         128, ge=1, description="Shorter pool hits are recomputed (original proposal: 128)."
     )
@@ -246,7 +252,9 @@ class DirectConfig(_Section):
         2_000, description="Longest wait of the scheduler for a load; past it, recompute."
     )
     store_timeout_ms: Milliseconds = Field(
-        30_000, description="A page still queued for storing after this is dropped."
+        30_000,
+        description="A page still queued for storing after this is dropped; while the pool does "
+        "not answer, after load_timeout_ms.",
     )
     lookup_memo_ms: Milliseconds = Field(
         500, description="How long a waiting request's lookup answer is reused."
@@ -258,7 +266,9 @@ class DirectConfig(_Section):
         60_000, description="How long a page is believed stored without asking."
     )
     store_queue_bytes: Bytes = Field(
-        4 * GIB, description="KV bytes that may wait for storing; more are dropped and counted."
+        4 * GIB,
+        description="KV bytes that may wait for storing, at most half the KV pool; more are "
+        "dropped and counted.",
     )
     batch_bytes: Bytes = Field(
         64 * MIB, description="Bytes per native call, so that one call stays short."

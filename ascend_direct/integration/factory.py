@@ -81,7 +81,9 @@ def build(server_args: Any, params: Any, components: Any, extra: Mapping[str, An
                 device.memory, device.index, ranks.rank, layout.object_bytes, layout.regions()
             )
         )
-        engine = TransferEngine(store, layout, device, _limits(config), metrics, beliefs.confirm)
+        pages = params.token_to_kv_pool_allocator.size // params.page_size
+        limits = _limits(config, pages * layout.page_bytes)
+        engine = TransferEngine(store, layout, device, limits, metrics, beliefs.confirm)
         engine.start()
         undo.pop_all()
     return Parts(
@@ -170,11 +172,12 @@ def _exchange(
     return exchange
 
 
-def _limits(config: DirectConfig) -> TransferLimits:
+def _limits(config: DirectConfig, pool_bytes: int) -> TransferLimits:
     return TransferLimits(
         lookup_timeout_s=config.lookup_timeout_ms / 1e3,
         load_timeout_s=config.load_timeout_ms / 1e3,
         store_timeout_s=config.store_timeout_ms / 1e3,
-        store_queue_bytes=config.store_queue_bytes,
+        # What waits to be stored is pinned: the other half stays for requests.
+        store_queue_bytes=min(config.store_queue_bytes, pool_bytes // 2),
         batch_bytes=config.batch_bytes,
     )

@@ -96,7 +96,7 @@ class TransferEngine:
         self.stores = StoreQueue(
             self._write,
             limits.store_queue_bytes,
-            limits.store_timeout_s,
+            self._store_patience_s,
             metrics,
             device.bind_thread,
         )
@@ -111,6 +111,12 @@ class TransferEngine:
     def in_trouble(self) -> bool:
         """Whether the pool has failed to answer lately and is only probed."""
         return self._breaker.is_open
+
+    def _store_patience_s(self) -> float:
+        """A pool that does not answer will not take what is queued for it in time, and what is
+        queued pins the device memory that requests wait for."""
+        store_s = self._limits.store_timeout_s
+        return min(store_s, self._limits.load_timeout_s) if self.in_trouble else store_s
 
     @property
     def loads_in_trouble(self) -> bool:

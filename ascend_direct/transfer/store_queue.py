@@ -43,7 +43,7 @@ class StoreJob:
     pages: Callable[[], Pages]
     fence: Fence
     size_bytes: int
-    deadline_s: float = 0.0
+    submitted_s: float = 0.0
     started_s: float | None = None
     surrendered: bool = False
     result: bool | None = None
@@ -55,21 +55,22 @@ class StoreQueue:
 
     Args:
         write: stores a job's pages; True when every page is in the pool. Never raises.
-        limit_bytes: bound on the bytes of jobs not yet finished.
-        timeout_s: how long a job may be queued, and how long one may run before `head_is_late`.
+        limit_bytes: bound on the bytes of jobs not yet finished; one job alone may exceed it.
+        patience_s: asked now and then: how long a job may be queued, and how long one may run
+            before `head_is_late`.
     """
 
     def __init__(
         self,
         write: Callable[[StoreJob], bool],
         limit_bytes: int,
-        timeout_s: float,
+        patience_s: Callable[[], float],
         metrics: Metrics,
         on_start: Callable[[], None],
     ) -> None:
         self._write = write
         self._limit_bytes = limit_bytes
-        self._timeout_s = timeout_s
+        self._patience_s = patience_s
         self._metrics = metrics
         self._on_start = on_start
         self._wake = threading.Condition()
@@ -88,14 +89,15 @@ class StoreQueue:
         """Queue a job. One without pages is done, one for which there is no room or no thread has
         failed, both at once; their results keep their place in line."""
         with self._wake:
-            job.deadline_s = time.monotonic() + self._timeout_s
+            job.submitted_s = time.monotonic()
             self._unreported.append(job)
             if not job.keys:
                 self._finish(job, True)
                 return
             # Behind a job that was given up there is only waiting, with the pages pinned.
             hung = self._running is not None and self._running.surrendered
-            if self._stopped or hung or self._held_bytes + job.size_bytes > self._limit_bytes:
+            full = 0 < self._held_bytes > self._limit_bytes - job.size_bytes
+            if self._stopped or hung or full:
                 self._finish(job, False)
                 self._metrics.add(stores_dropped_queue_full=1)
                 return
@@ -130,7 +132,7 @@ class StoreQueue:
                 head is not None
                 and head.result is None
                 and head.started_s is not None
-                and time.monotonic() > head.started_s + self._timeout_s
+                and time.monotonic() > head.started_s + self._patience_s()
             )
 
     def surrender_head(self) -> threading.Event:
@@ -170,8 +172,8 @@ class StoreQueue:
             self._wake.notify()
 
     def _drop_overdue(self) -> None:
-        now = time.monotonic()
-        while self._waiting and self._waiting[0].deadline_s <= now:
+        oldest_s = time.monotonic() - self._patience_s()
+        while self._waiting and self._waiting[0].submitted_s <= oldest_s:
             self._release(self._waiting.popleft())
             self._metrics.add(stores_dropped_deadline=1)
 

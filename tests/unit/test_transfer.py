@@ -277,6 +277,31 @@ def test_a_store_that_does_not_fit_the_queue_fails_in_its_turn(make) -> None:
     assert a.engine.stores.held_bytes == 0
 
 
+def test_a_pool_that_does_not_answer_pins_queued_stores_for_a_loads_deadline_only(make) -> None:
+    a = make(lookup_timeout_s=0.01, load_timeout_s=0.2, store_timeout_s=60.0)
+    for name in ("put", "exists"):
+        a.store.faults[name].hold()
+    for number in range(3):
+        a.engine.stores.submit(a.job([f"page {number}"], [number + 1]))
+    assert a.store.faults["exists"].entered.wait(5)
+    time.sleep(0.3)
+    assert not a.engine.stores.head_is_late()  # nothing says yet that the pool is in trouble
+    for _ in range(3):
+        assert a.engine.stored_prefix(["x"]) is None
+    assert a.engine.in_trouble
+    eventually(a.engine.stores.head_is_late)
+    a.engine.stores.surrender_head()
+    eventually(lambda: a.engine.stores.completed() == 3)
+    assert a.metrics.snapshot()["stores_dropped_deadline"] == 2
+    for name in ("put", "exists"):
+        a.store.faults[name].release()
+
+
+def test_one_node_larger_than_the_queue_is_stored_when_the_queue_is_empty(make) -> None:
+    a = make(store_queue_bytes=1)
+    assert a.put(["a", "b"], [1, 2])
+
+
 def test_a_queued_store_is_dropped_at_its_deadline_a_started_one_is_not(make) -> None:
     a = make(store_timeout_s=0.1)
     a.store.faults["put"].hold()
