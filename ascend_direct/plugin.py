@@ -102,6 +102,8 @@ def _from_cli_args(
             )
         for name, value in engine_args(source).items():
             setattr(args, name, value)
+        if getattr(args, "disaggregation_mode", None) == "decode":  # else SGLang keeps no tree
+            args.disaggregation_decode_enable_radix_cache = True
         os.environ[ACTIVE_ENV] = "cli"
     return original(cls, args, *rest, **named)
 

@@ -29,7 +29,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 from ascend_direct.beliefs import LookupMemo, Suspects
 from ascend_direct.integration import factory
 from ascend_direct.integration.lookahead import LookAhead
-from ascend_direct.integration.pool_layout import page_numbers
+from ascend_direct.integration.pool_layout import is_replicated, page_numbers
 from ascend_direct.integration.replicas import WHOLE, ReadChoice
 from ascend_direct.transfer import LoadOutcome, StoreJob
 
@@ -83,7 +83,11 @@ class CacheControllerDirect(UnifiedCacheLinker):
         self.forward_stream = forward_stream
         ahead = parts.config.load_mode == "lookahead"
         self.look_ahead = LookAhead(parts, forward_stream) if ahead else None
-        self.pools = {PoolName.KV: params.token_to_kv_pool_allocator.get_kvcache()}
+        pool = params.token_to_kv_pool_allocator.get_kvcache()
+        self.pools = {PoolName.KV: pool}
+        self.decodes = server_args.disaggregation_mode == "decode"
+        # Pages hold the heads of a rank, so only servers with as many ranks find them.
+        self.same_tp_only = not (is_replicated(pool) or parts.config.heads_per_object)
         # Loads are complete before the forward starts: nothing ever waits on this counter.
         _warm_up_page_hash(params.page_size)
         self.layer_done_counter = LayerWiseLoadCounter(self.pools[PoolName.KV].layer_num)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ascend_direct.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ascend_direct.integration.decode_offload import DecodeOffload
     from ascend_direct.integration.lookahead import LookAhead
 
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
@@ -32,6 +33,9 @@ BEAM_SEARCH = "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_i
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."
 ROUND = _SCHEDULER + "_process_hicache_events"
 ADMISSION = _SCHEDULER + "_get_new_batch_prefill_raw"
+DECODE_ROUND = (
+    "sglang.srt.disaggregation.decode.SchedulerDisaggregationDecodeMixin.process_decode_queue"
+)
 # How long a scheduler that holds requests back and has nothing else to do leaves the interpreter
 # to the transfer threads.
 IDLE_PAUSE_S = 0.0003
@@ -101,6 +105,21 @@ def install_look_ahead(cache: Any, look_ahead: LookAhead) -> None:
     HookRegistry.register(ROUND, before_round, HookType.BEFORE)
     HookRegistry.register(ADMISSION, admit, HookType.AROUND)
     _apply(ROUND, ADMISSION)
+
+
+def install_decode(offload: DecodeOffload) -> None:
+    """Give the decode loop of this process the round that SGLang leaves out for linkers.
+
+    Raises:
+        ConfigError: SGLang did not apply a hook.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def before_round(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+        offload.round(scheduler)
+
+    HookRegistry.register(DECODE_ROUND, before_round, HookType.BEFORE)
+    _apply(DECODE_ROUND)
 
 
 def _apply(*targets: str) -> None:

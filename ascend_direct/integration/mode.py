@@ -28,6 +28,13 @@ def _truthy(variable: str) -> bool:
 # Each with what to do. The order is the order in which an operator reads them.
 _CONFLICTS = (
     _Conflict(
+        lambda a: (
+            a.disaggregation_mode == "decode" and not a.disaggregation_decode_enable_radix_cache
+        ),
+        "a decode node keeps no radix cache: add --disaggregation-decode-enable-radix-cache (the "
+        "command line adds it by itself; Engine does not).",
+    ),
+    _Conflict(
         lambda a: a.disable_radix_cache,
         "the radix cache is off: drop --disable-radix-cache (a model or mode may imply it).",
     ),
@@ -59,12 +66,8 @@ _CONFLICTS = (
         "--dcp-size > 1 spreads one page over ranks, which stored pages do not describe; use 1.",
     ),
     _Conflict(
-        lambda a: a.disaggregation_mode == "decode",
-        "--disaggregation-mode decode is not supported yet; run the cache on prefill nodes.",
-    ),
-    _Conflict(
         lambda a: a.enable_pd_role_switch,
-        "--enable-pd-role-switch can make this a decode node, which is not supported: drop it.",
+        "--enable-pd-role-switch: a node is linked as what it is at start; drop it.",
     ),
     _Conflict(
         lambda a: a.encoder_only,

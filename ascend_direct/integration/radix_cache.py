@@ -19,6 +19,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from ascend_direct.errors import ConfigError
 from ascend_direct.integration import hooks
 from ascend_direct.integration.cache_controller import CacheControllerDirect
+from ascend_direct.integration.decode_offload import DecodeOffload
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class HiRadixCacheDirect(UnifiedRadixCache):
             hooks.install_look_ahead(self, cache_linker.look_ahead)
         super().init_cache_linker(cache_linker)
         config = cache_linker.config
+        if cache_linker.decodes:
+            hooks.install_decode(DecodeOffload(self, cache_linker))
         if config.write_policy == "write_through_selective":
             self.write_through_threshold = config.selective_hits
 

@@ -10,7 +10,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ascend_direct.integration.hooks import ADMISSION, BEAM_SEARCH, ROUND, WEIGHT_UPDATES
+from ascend_direct.integration.hooks import (
+    ADMISSION,
+    BEAM_SEARCH,
+    DECODE_ROUND,
+    ROUND,
+    WEIGHT_UPDATES,
+)
 
 
 class Seam(NamedTuple):
@@ -39,6 +45,7 @@ _POOLS = "sglang.srt.mem_cache.device_pool_info"
 _STAYS = "stays: public contract"
 _WEIGHTS = "page hashes carry the weight version"
 _PREFETCH = "SGLang asks linkers about waiting requests as it does HiCache"
+_DECODE = "SGLang's decode loop serves linkers as the prefill loop does"
 _POLICY = "the linker wrapper offers policy callbacks"
 
 SEAMS = (
@@ -178,6 +185,35 @@ SEAMS = (
         "read",
         "lookahead: pages read ahead join the tree",
         _PREFETCH,
+    ),
+    Seam(
+        DECODE_ROUND,
+        (),
+        "hook",
+        "BEFORE, decode nodes only: results of stores and running answers, once per loop on all "
+        "ranks",
+        _DECODE,
+    ),
+    Seam(
+        f"{_CACHE}.checkpoint",
+        ("req", "up_to"),
+        "read",
+        "decode nodes: running answers join the tree piece by piece",
+        _DECODE,
+    ),
+    Seam(
+        "sglang.srt.managers.schedule_batch.Req.refresh_fill_ids",
+        (),
+        "read",
+        "decode nodes: a running answer's tokens, which lag behind",
+        _DECODE,
+    ),
+    Seam(
+        "sglang.srt.disaggregation.common.conn.CommonKVManager.try_ensure_parallel_info",
+        ("bootstrap_addr",),
+        "read",
+        "decode nodes: fills prefill_info_table, which tells prefill nodes' attention ranks",
+        "SGLang tells plugins about peers",
     ),
     Seam(
         BEAM_SEARCH,

@@ -27,7 +27,7 @@ CASES: list[tuple[str, Any, str]] = [
     ("enable_linker_mla_dedup", True, "--enable-linker-mla-dedup"),
     ("pp_size", 2, "--pp-size"),
     ("dcp_size", 2, "--dcp-size"),
-    ("disaggregation_mode", "decode", "--disaggregation-mode"),
+    ("disaggregation_mode", "decode", "--disaggregation-decode-enable-radix-cache"),
     ("enable_pd_role_switch", True, "--enable-pd-role-switch"),
     ("encoder_only", True, "--encoder-only"),
     ("use_ray", True, "--use-ray"),
