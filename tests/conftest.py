@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 
@@ -17,12 +18,23 @@ def _lacks(module: str) -> Callable[[], str | None]:
     return lambda: None if importlib.util.find_spec(module) else f"{module} is not installed"
 
 
+def _no_mooncake() -> str | None:
+    try:
+        importlib.import_module("mooncake.engine")
+    except ImportError as error:
+        return (
+            f"Mooncake cannot be loaded ({error}): see the output of scripts/sglang_cpu/install.py"
+        )
+    return None
+
+
 # What a marker needs: why it is not to be had here, or None.
 PROBES: dict[str, Callable[[], str | None]] = {
     "npu": _lacks("torch_npu"),
     "memcache": _lacks("memcache_hybrid"),
     "sglang": _lacks("sglang"),
     "netns": hosts.why_not,
+    "pd": _no_mooncake,
 }
 
 
@@ -30,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require",
         default="",
-        help="comma-separated needs (npu,memcache,sglang,netns); a missing one fails, not skips",
+        help="comma-separated needs (npu,memcache,sglang,netns,pd); a missing one fails, not skips",
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -36,7 +37,12 @@ LOCK = HERE / "requirements.lock"
 LOCAL_PACKAGES = (
     *(HERE / "stand_ins" / name for name in ("triton", "torchvision", "sgl_kernel")),
     HERE / "mla_on_cpu",
+    HERE / "pd_on_cpu",
 )
+# Mooncake, which moves KV between prefill and decode nodes, is linked against the first; Debian's
+# and Ubuntu's names.
+RDMA_LIBRARY = "libibverbs.so.1"
+RDMA_PACKAGES = ("libibverbs1", "libnl-3-200", "libnl-route-3-200")
 PYTHON = (3, 11)
 RECIPE_VERSION = "1"  # raise it when the steps change so that an old environment must be redone
 NEEDED_DISK_BYTES = 3 * 10**9
@@ -239,6 +245,7 @@ class Installer:
                 Step(f"torch {self._pins['torch']}", self._install_torch),
                 Step("stand-ins for triton, torchvision, sgl_kernel", self._install_local),
                 Step(f"{len(self._pins)} pinned packages", self._install_lock),
+                Step("system libraries of mooncake", self._install_rdma),
                 Step("bytecode", self._compile),
                 Step("check", self._check),
             ]
@@ -265,6 +272,17 @@ class Installer:
     def _install_lock(self) -> None:
         self._pip("--no-deps", "-r", str(LOCK))
 
+    def _install_rdma(self) -> None:
+        """Without them all else works; what needs prefill and decode nodes says what is missing."""
+        if _loads(RDMA_LIBRARY):
+            return
+        if os.geteuid() == 0 and shutil.which("apt-get"):
+            self._run(["apt-get", "update"], may_fail=True)
+            self._run(["apt-get", "install", "-y", *RDMA_PACKAGES], may_fail=True)
+        if not _loads(RDMA_LIBRARY):
+            print(f"      no {RDMA_LIBRARY}: for prefill and decode nodes, as root: ", end="")
+            print("apt-get install " + " ".join(RDMA_PACKAGES), flush=True)
+
     def _compile(self) -> None:
         # Once and for all: where PYTHONDONTWRITEBYTECODE is set, every server start would pay.
         # Some packages carry templates that are not Python, hence may_fail.
@@ -284,6 +302,14 @@ class Installer:
             )
         self._pip("--no-deps", "--no-build-isolation", "-e", str(REPOSITORY))
         self._env.write_stamp("environment", "project")
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def check_machine(venv: Path) -> None:

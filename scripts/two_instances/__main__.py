@@ -28,7 +28,8 @@ def parse() -> argparse.Namespace:
         description="Start a pool and two real SGLang servers that share it through "
         "--enable-hierarchical-cache-direct, send long prompts to A, then the same to B, and "
         "compare every answer with a server that caches nothing. Exits 0 only if all answers "
-        "agree and B really loaded from the pool.",
+        "agree and B really loaded from the pool. `scripts/demo --pd` shows prefill and decode "
+        "nodes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

@@ -178,10 +178,11 @@ class Watch:
             log.seek(self._from[server.name])
             return log.read().decode(errors="replace")
 
-    def check(self) -> None:
+    def check(self, timeout_s: float = REST_TIMEOUT_S) -> None:
         """Wait for rest, then assert it."""
         with ThreadPoolExecutor() as pool:
-            used = dict(zip(self._servers, pool.map(used_at_rest, self._servers), strict=True))
+            tokens = pool.map(lambda server: used_at_rest(server, timeout_s), self._servers)
+            used = dict(zip(self._servers, tokens, strict=True))
         for server, tokens in used.items():
             alarms = [line for line in self.log(server).splitlines() if ALARM.search(line)]
             assert not alarms, f"{server.name}: {alarms[:5]} in {server.log_path}"
