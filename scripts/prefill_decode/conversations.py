@@ -9,9 +9,11 @@ Owns the prompts, the figures of a turn and the verdict. Bring-up is nodes', loo
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -34,16 +36,12 @@ class Turn:
     total_s: float
     device_tokens: int
     pool_tokens: int
+    gaps_s: tuple[float, ...] = field(repr=False)
 
     @property
     def computed_tokens(self) -> int:
         """Prompt tokens that no tier had."""
         return len(self.prompt) - self.device_tokens - self.pool_tokens
-
-    @property
-    def inter_token_s(self) -> float:
-        """Mean time between tokens after the first."""
-        return (self.total_s - self.ttft_s) / max(1, len(self.output_ids) - 1)
 
 
 @dataclass
@@ -60,8 +58,10 @@ class Result:
     def median_ttft_s(self, node: str, number: int) -> float:
         return median(turn.ttft_s for turn in self.of(node, number))
 
-    def nodes(self) -> list[str]:
-        return list(dict.fromkeys(turn.node for turn in self.turns))
+    def gap_ms(self, node: str, percent: float) -> float:
+        """That percentile of the times between parts of all answers (a part is a token, mostly)."""
+        gaps_s = sorted(gap for turn in self.of(node) for gap in turn.gaps_s)
+        return gaps_s[min(len(gaps_s) - 1, int(len(gaps_s) * percent / 100))] * 1e3
 
     def numbers(self) -> list[int]:
         return sorted({turn.number for turn in self.turns})
@@ -94,7 +94,13 @@ class Conversation:
         """The next turn."""
         words = (self._source.randint(FIRST_TOKEN, LAST_TOKEN) for _ in range(question_tokens))
         prompt = [*self._said, *words]
-        got = router.generate(prompt, answer_tokens, return_cached_tokens_details=True)
+        times_s: list[float] = []
+        got = router.generate(
+            prompt,
+            answer_tokens,
+            on_part=lambda _ids: times_s.append(time.perf_counter()),
+            return_cached_tokens_details=True,
+        )
         tiers = got.cached_tokens_details
         self._turns += 1
         self._said = [*prompt, *got.output_ids]
@@ -108,6 +114,7 @@ class Conversation:
             got.total_s,
             tiers.get("device", 0),
             tiers.get("storage", 0),
+            tuple(after - before for before, after in pairwise(times_s)),
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 from rich.console import Console
 from rich.table import Table
@@ -37,9 +37,14 @@ def print_table(result: Result, linked: str, plain: str, console: Console) -> No
             f"{with_s / without_s:.2f} ×",
         )
     console.print(table)
+    gaps = Table(title="Time between tokens")
+    for name in ("decode node", "p50", "p99"):
+        gaps.add_column(name, justify="left" if name == "decode node" else "right")
     for node in (linked, plain):
-        value_ms = median(turn.inter_token_s for turn in result.of(node)) * 1e3
-        console.print(f"  time between tokens, {node}: {value_ms:.1f} ms (median)")
+        gaps.add_row(node, *(f"{result.gap_ms(node, percent):.2f} ms" for percent in (50, 99)))
+    ratios = (result.gap_ms(linked, p) / result.gap_ms(plain, p) for p in (50, 99))
+    gaps.add_row("ratio", *(f"{ratio:.3f} ×" for ratio in ratios))
+    console.print(gaps)
 
 
 def _origins(turns: list[Turn]) -> dict[str, float]:
