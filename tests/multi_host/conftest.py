@@ -22,7 +22,7 @@ import ascend_emulation  # isort: skip
 HERE = Path(__file__).parent
 MACHINES = 3
 START_TIMEOUT_S = 60.0
-TEST_TIMEOUT_S = 300
+TEST_TIMEOUT_S = 600
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
