@@ -67,7 +67,7 @@ class StallProbe:
     def _outermost(self) -> FrameType | None:
         """The outermost frame of the plugin's integration code on the scheduler's stack."""
         found, frame = None, sys._current_frames().get(self._scheduler or 0)
-        # The stack of a thread that runs changes while it is walked; its end may be no frame at all.
+        # The stack of a running thread changes while it is walked; its end may be no frame at all.
         while isinstance(frame, FrameType):
             if PACKAGE in frame.f_code.co_filename:
                 found = frame
