@@ -8,7 +8,6 @@ Owns what all subcommands share in their help. Imports neither SGLang nor memcac
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 from typing import Annotated
@@ -17,7 +16,8 @@ import typer
 from rich.console import Console
 
 from ascend_direct import __version__
-from ascend_direct.cli import pool, pool_clear
+from ascend_direct.cli import doctor, pool, pool_clear
+from ascend_direct.cli.checks import installed
 
 app = typer.Typer(
     name="ascend-direct",
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 pool.app.command()(pool_clear.clear)
 app.add_typer(pool.app, name="pool")
+app.command()(doctor.doctor)
 
 COMPANIONS = ("sglang", "memcache-hybrid", "torch", "torch-npu")
 
@@ -40,20 +41,13 @@ def version(
 ) -> None:
     """Print this package's version and those it works with; nothing is imported for it."""
     versions = {"ascend-direct": __version__, "python": platform.python_version()}
-    found = {name: _installed(name) for name in COMPANIONS}
+    found = {name: installed(name) for name in COMPANIONS}
     if as_json:
         typer.echo(json.dumps({**versions, **found}))
         return
     console = Console(highlight=False)
     for name, number in {**versions, **found}.items():
         console.print(f"{name:<16} {number or '[dim]not installed[/dim]'}")
-
-
-def _installed(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def clear(
     """
     joined = False
     try:
-        store, name = _store(config)
+        store, name = client_store(config)
         prefix = _prefix(namespace, everything)
         if not yes:
             _ask(name, namespace, everything)
@@ -73,7 +73,7 @@ def clear(
     raise typer.Exit(code)
 
 
-def _store(source: str | None) -> tuple[PageStore, str]:
+def client_store(source: str | None) -> tuple[PageStore, str]:
     """The store, as a client that gives no memory, and what to call its pool."""
     config = DirectConfig.load(source)
     taking = config.memcache.model_copy(update={"dram_size": "0", "hbm_size": "0"})

@@ -44,14 +44,19 @@ INSTALL = "pip install 'ascend-direct[memcache]'"
 
 def problems(config: MemcacheConfig) -> list[str]:
     """Every reason why the client cannot work here; [] if none is known."""
-    return [
-        *_wheel(),
-        *_driver(),
-        *_hardware(config),
-        *_shared_memory(config),
-        *_members(config),
-        *_tls(config.tls),
-    ]
+    return [reason for reasons in problems_by_name(config).values() for reason in reasons]
+
+
+def problems_by_name(config: MemcacheConfig) -> dict[str, list[str]]:
+    """The same, by what was looked at."""
+    return {
+        "memcache": list(_wheel()),
+        "Ascend software": list(_driver()),
+        "hardware": list(_hardware(config)),
+        "shared memory": list(_shared_memory(config)),
+        "preferred members": list(_members(config)),
+        "TLS files": list(_tls(config.tls)),
+    }
 
 
 def own_address_problem(url: str) -> str | None:

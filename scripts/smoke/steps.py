@@ -34,7 +34,6 @@ PATIENCE_S, BACK_TIMEOUT_S = 120.0, 240.0  # before and after the servers are st
 # The pool has just been down: a few loads may still be late, and are recomputed as they should be.
 MAX_RECOMPUTED_SHARE, MAX_RECOMPUTED = 0.02, 3
 DOCTOR_TIMEOUT_S = 120.0
-UNKNOWN_COMMAND = 2
 
 Facts = dict[str, Any]
 
@@ -43,18 +42,12 @@ class StepFailed(RuntimeError):
     """What a step found wrong."""
 
 
-class StepSkipped(RuntimeError):
-    """A step cannot run here; on a machine with NPUs that is a failure too."""
-
-
 def doctor(place: Place) -> Facts:
     """What `ascend-direct doctor` says about this machine."""
     command = [sys.executable, "-m", "ascend_direct.cli.main", "doctor", "--json"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=DOCTOR_TIMEOUT_S
     )
-    if done.returncode == UNKNOWN_COMMAND and "No such command" in done.stderr:
-        raise StepSkipped("this version has no command `doctor`")
     facts = {"exit_code": done.returncode, "output": done.stdout[-4000:]}
     if done.returncode and not place.emulated:  # a CPU has no NPU to find: nothing to judge
         raise StepFailed(f"doctor ended with {done.returncode}: {done.stdout[-1000:]}")
