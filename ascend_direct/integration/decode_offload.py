@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The ascend_direct authors
 
-"""PD decode nodes: what SGLang's decode loop does not do for a linked cache.
+"""`--disaggregation-mode decode`: what SGLang's decode loop does not do for a linked cache.
 
 Owns the round of a decode node: results of stores are collected, running answers are stored piece
 by piece, and a prefill node whose pages cannot match is noticed. What a store is, is the

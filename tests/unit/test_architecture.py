@@ -49,6 +49,8 @@ OPTIONAL = {
     "integration/prometheus.py": "--enable-metrics",
     "store/attach.py": "on_pool_unavailable: degrade",
     "store/memcache_clear.py": "pool clear",
+    "store/meta_service_stats.py": "pool stats",
+    "integration/decode_offload.py": "--disaggregation-mode decode",
     "store/verified.py": "verify: sample, all",
     "store/device_copy.py": "verify, where the KV pool is device memory",
 }
