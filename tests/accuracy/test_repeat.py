@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -142,6 +143,8 @@ def test_ctrl_c_keeps_the_results(dataset: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # Whoever runs the tests in the background may have it ignored, which is inherited.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         ) as process:
             deadline_s = time.monotonic() + 60
             while not out.exists() or out.read_bytes().count(b"\n") < 3:

@@ -260,16 +260,6 @@ MODES = (
     Row("pipeline stages", ("--pp-size|use TP",), args=("--pp-size", "2")),
     Row("decode context parallelism", ("--dcp-size|use 1",), args=("--dcp-size", "2")),
     Row(
-        "a decode node",
-        ("--disable-radix-cache|mode may imply", "--disaggregation-mode decode|run the cache on"),
-        args=("--disaggregation-mode", "decode"),
-    ),
-    Row(
-        "a decode node with a radix cache",
-        ("--disaggregation-mode decode|run the cache on prefill",),
-        args=("--disaggregation-mode", "decode", "--disaggregation-decode-enable-radix-cache"),
-    ),
-    Row(
         "a role that may change",
         ("--enable-pd-role-switch|drop",),
         args=("--enable-pd-role-switch",),

@@ -213,11 +213,12 @@ def store_with_fault(rank: int, group: Any, folder: Path, what: str, where: int)
     """One rank's store fails, does not fit or hangs; all ranks unpin alike."""
     with ranks(rank, group, folder) as r:
         a = r.make(config={"store_timeout_ms": 200} if what == "hangs" else {})
+        queue = a.controller.engine.stores
         if rank == where:
             if what == "fails":
                 a.store.faults["put"].fails_after_keys = 2
             elif what == "full":
-                a.controller.engine.stores._limit_bytes = 0
+                queue._held_bytes = queue._limit_bytes  # others have filled it
             else:
                 a.store.faults["put"].hold()
         a.serve(TOKENS)
@@ -236,7 +237,7 @@ def store_with_fault(rank: int, group: Any, folder: Path, what: str, where: int)
         r.alike(a)
         first = counts(a)["store_failed_pages"] + counts(a)["stores_dropped_queue_full"]
         a.store.faults["put"].fails_after_keys = None
-        a.controller.engine.stores._limit_bytes = 1 << 30
+        queue._held_bytes = 0
         evict_all(a)
         serve_and_store(a, TOKENS)
         r.barrier()
