@@ -49,6 +49,7 @@ OPTIONAL = {
     "integration/prometheus.py": "--enable-metrics",
     "store/attach.py": "on_pool_unavailable: degrade",
     "store/memcache_clear.py": "pool clear",
+    "store/memcache_meta.py": "ascend-direct meta",
     "store/meta_service_stats.py": "pool stats",
     "integration/decode_offload.py": "--disaggregation-mode decode",
     "store/verified.py": "verify: sample, all",
