@@ -36,6 +36,7 @@ class DecodeOffload:
         self._stride_tokens = controller.config.decode_stride_tokens
         self._same_tp_only = controller.same_tp_only
         self._rounds = 0
+        self._passed_over: dict[str, int] = {}  # rid → length at which another had its tokens
 
     def round(self, scheduler: Any) -> None:
         """Once per pass of the decode loop, on every rank."""
@@ -48,6 +49,7 @@ class DecodeOffload:
 
     def store_running(self, reqs: Iterable[Any]) -> None:
         """Give the tree, and through it the pool, what running answers have grown by."""
+        passed_over: dict[str, int] = {}
         for req in reqs:
             if req.finished() or req.skip_radix_cache_insert or not req.kv.holds_kv:
                 continue
@@ -55,21 +57,27 @@ class DecodeOffload:
             # is recorded after it.
             known = len(req.origin_input_ids) + len(req.output_ids)
             end = min(known, req.kv.kv_committed_len)
-            if end - req.kv.cache_protected_len >= self._stride_tokens:
-                self._checkpoint(req, end)
+            begin = max(req.kv.cache_protected_len, self._passed_over.pop(req.rid, 0))
+            if end - begin >= self._stride_tokens and not self._checkpoint(req, end):
+                begin = end
+            if begin > req.kv.cache_protected_len:
+                passed_over[req.rid] = begin
+        self._passed_over = passed_over
 
-    def _checkpoint(self, req: Any, end: int) -> None:
+    def _checkpoint(self, req: Any, end: int) -> bool:
+        """False: passed over, because another request gave the tree these tokens."""
         req.refresh_fill_ids()
         key = RadixKey(
             req.full_untruncated_fill_ids[:end], req.extra_key, cache_salt=req.cache_salt
         )
         held = self._cache.match_prefix(MatchPrefixParams(key=key)).device_prefix_len
         if held > req.kv.cache_protected_len:
-            # Another request gave the tree the same tokens. SGLang would free this one's slots
-            # while the forward under way reads them, and a transfer from a prefill node writes
-            # into free slots without waiting for it. They stay its own until it ends.
-            return
+            # SGLang would free this one's slots while the forward under way reads them, and a
+            # transfer from a prefill node writes into free slots without waiting for it. They
+            # stay its own until it ends.
+            return False
         self._cache.checkpoint(req, up_to=end)
+        return True
 
     def _compare_peers(self, kv_manager: Any) -> None:
         mine = kv_manager.attn_tp_size

@@ -92,6 +92,16 @@ def test_a_request_whose_tokens_another_gave_the_tree_keeps_its_slots_until_it_e
     audit(node)
 
 
+def test_a_request_that_was_passed_over_is_looked_at_once_a_stride(node, monkeypatch) -> None:
+    first, second = running(node), running(node)
+    looks, match = [], node.tree.match_prefix
+    monkeypatch.setattr(node.tree, "match_prefix", lambda p: (looks.append(p), match(p))[1])
+    generate(node, linked(node), [first, second], 4 * STRIDE_TOKENS)
+    assert 2 * 3 <= len(looks) <= 2 * 4
+    for served in (first, second):
+        node.abort(served)
+
+
 @pytest.mark.parametrize("end", ["abort", "retract"])
 def test_slots_of_a_running_answer_are_not_used_again_while_they_are_being_stored(
     node, end
