@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from ascend_direct import __version__
-from ascend_direct.cli import doctor, meta, pool, pool_clear, pool_stats
+from ascend_direct.cli import doctor, meta, pool, pool_bench, pool_clear, pool_stats
 from ascend_direct.cli.checks import installed
 
 app = typer.Typer(
@@ -28,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-for command in (pool_clear.clear, pool_stats.stats, pool_stats.ls):
+for command in (pool_clear.clear, pool_stats.stats, pool_stats.ls, pool_bench.bench):
     pool.app.command()(command)
 app.add_typer(pool.app, name="pool")
 app.command()(doctor.doctor)

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The ascend_direct authors
 
-"""The arithmetic of scripts/bench/gaps; the run itself needs a quiet machine."""
+"""scripts/bench/gaps: its arithmetic, and a small run. Its figures need a quiet machine."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
+from bench import gaps
 from bench.gaps import Gaps, parse
 
 
@@ -25,3 +29,15 @@ def test_an_unknown_mode_is_refused_with_the_known_ones(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         parse(["--modes", "async"])
     assert "sync" in capsys.readouterr().err
+
+
+@pytest.mark.e2e
+@pytest.mark.sglang
+@pytest.mark.memcache
+@pytest.mark.timeout(400)
+def test_a_small_run_leaves_the_gaps_of_each_kind(tmp_path: Path) -> None:
+    small = ["--size", "tiny", "--prompts", "2", "--prompt-tokens", "700"]
+    assert gaps.main(["--modes", "lookahead", *small, "--out", str(tmp_path)]) == 0
+    (line,) = map(json.loads, (tmp_path / "gaps.jsonl").read_text().splitlines())
+    assert line["mode"] == "lookahead"
+    assert all(line["seconds"][kind] for kind in gaps.KINDS_OF_LOAD)

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The ascend_direct authors
 
-"""`pool stats` and `pool ls` read what a real MetaService answers."""
+"""`pool stats`, `pool ls` and `pool bench` against a real MetaService and member."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -43,3 +46,25 @@ def test_what_was_stored_is_counted_in_its_namespace(pool: Pool, new_store: NewS
     assert sum(s["total_bytes"] for s in after["segments"]) == after["total_bytes"] > 0
     (ours,) = (n for n in ask(pool, "ls")["namespaces"] if n["namespace"] == NAMESPACE)
     assert ours == {"namespace": NAMESPACE, "objects": 5, "parts": {"-": 5}}
+
+
+def test_bench_measures_a_real_pool_and_leaves_nothing_in_it(pool: Pool) -> None:
+    before = ask(pool, "stats")["keys"]
+    config = json.dumps({"memcache": pool.section})
+    command = [sys.executable, "-m", "ascend_direct.cli.main", "pool", "bench", "--json"]
+    command += ["--config", config, "--seconds", "0.5", "--size", "16MB", "--page-size", "256KB"]
+    done = subprocess.run(
+        command,
+        env={**os.environ, **pool.meta.environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["emulated"]
+    assert found["same_bytes"]
+    assert found["put"]["calls"] > 0 < found["get"]["calls"]
+    assert found["removed"] == found["pages_per_call"] * found["put"]["calls"]
+    assert ask(pool, "stats")["keys"] == before
