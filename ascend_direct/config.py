@@ -211,6 +211,11 @@ class DirectConfig(_Section):
         description="Check loaded pages against a digest stored beside them: none, one page in 16, "
         "or all; all uses only pages that were stored with all.",
     )
+    transfer: Literal["auto", "scatter", "packed"] = Field(
+        "scatter",
+        description="How a page crosses to the pool: scatter, fragment by fragment; packed, copied "
+        "into one block first; auto measures both on an accelerator, and scatters from the CPU.",
+    )
     load_mode: Literal["sync", "lookahead"] = Field(
         "sync",
         description="When pages are read: sync, while the prefill batch is built; lookahead, while "

@@ -27,6 +27,7 @@ from ascend_direct.page_layout import PageLayout
 from ascend_direct.store.attach import AttachingStore
 from ascend_direct.store.base import PageStore, StoreContext
 from ascend_direct.store.choice import choose_store
+from ascend_direct.store.packed import with_transfer
 from ascend_direct.store.verified import VerifiedStore
 from ascend_direct.transfer import TransferEngine, TransferLimits
 
@@ -73,7 +74,8 @@ def build(server_args: Any, params: Any, components: Any, extra: Mapping[str, An
     device = Device.of(pool.device)
     metrics = _metrics(params)
     beliefs = Beliefs(config.belief_pages, config.belief_ttl_ms / 1e3)
-    store = _with_options(choose_store(config), config, metrics)
+    store = with_transfer(choose_store(config), config.transfer, layout, device.kind, device.index)
+    store = _with_options(store, config, metrics)
     with ExitStack() as undo:
         undo.callback(store.close)
         store.open(

@@ -52,6 +52,10 @@ OPTIONAL = {
     "store/memcache_meta.py": "ascend-direct meta",
     "store/meta_service_stats.py": "pool stats",
     "integration/decode_offload.py": "--disaggregation-mode decode",
+    "store/packed.py": "transfer: packed, and auto where it measures",
+    "store/page_packer.py": "transfer: packed, where the KV pool is host memory",
+    "store/device_page_packer.py": "transfer: packed, where the KV pool is on an NPU or a GPU",
+    "store/copy_fragments.py": "transfer: packed, as device_page_packer",
     "store/verified.py": "verify: sample, all",
     "store/device_copy.py": "verify, where the KV pool is device memory",
 }
