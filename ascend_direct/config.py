@@ -250,6 +250,11 @@ class DirectConfig(_Section):
     min_load_tokens: int = Field(
         128, ge=1, description="Shorter pool hits are recomputed (original proposal: 128)."
     )
+    admission: Literal["floor", "cost"] = Field(
+        "floor",
+        description="Which hits are loaded: floor, all of min_load_tokens or more; cost, those of "
+        "them that load faster than they compute, as measured while serving.",
+    )
     lookup_timeout_ms: Milliseconds = Field(
         200, description="Longest wait of the scheduler for a lookup; past it, a miss."
     )

@@ -30,10 +30,11 @@ class Counts:
     lookups_from_memo: int = _count("Lookups answered from the request's last answer.")
     lookups_timed_out: int = _count("Lookups that the pool did not answer in time.")
     lookup_hit_pages: int = _count("Pages that lookups promised.")
+    hits_not_worth: int = _count("Lookups whose hit was not worth a load (admission: cost).")
     loads: int = _count("Loads that landed.")
     load_pages: int = _count("Pages loaded.")
     load_bytes: int = _count("Bytes loaded.")
-    load_us: int = _count("Duration of a load that landed.")
+    load_us: int = _count("Duration of a load that landed, once the running forward had.")
     loads_failed: int = _count("Loads refused because the pool did not deliver a page.")
     loads_late: int = _count("Loads given up at their deadline.")
     loads_corrupt: int = _count("Loads refused because a page did not match its digest.")
@@ -57,6 +58,7 @@ LEVELS = {
     "store_queue_bytes": "Bytes of stores that are queued or running.",
     "withheld_tokens": "Device slots that a pool call may still write to.",
     "pool_left_alone": "1 while lookups and stores are not tried, except for probes.",
+    "least_load_tokens": "Tokens from which on a load pays (admission: cost); 0: not known.",
     "loads_left_alone": "1 while loads are not tried, except for probes.",
 }
 

@@ -28,6 +28,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from ascend_direct.beliefs import LookupMemo, Suspects
 from ascend_direct.integration import factory
+from ascend_direct.integration.costs import Costs
 from ascend_direct.integration.lookahead import LookAhead
 from ascend_direct.integration.pool_layout import is_replicated, page_numbers
 from ascend_direct.integration.replicas import WHOLE, ReadChoice
@@ -81,8 +82,10 @@ class CacheControllerDirect(UnifiedCacheLinker):
         self._quarantine: deque[_Quarantined] = deque()
         self._detached = False
         self.forward_stream = forward_stream
+        by_cost = parts.config.admission == "cost"
+        self.costs = Costs(parts.device, forward_stream, params.page_size) if by_cost else None
         ahead = parts.config.load_mode == "lookahead"
-        self.look_ahead = LookAhead(parts, forward_stream) if ahead else None
+        self.look_ahead = LookAhead(parts, forward_stream, self.costs) if ahead else None
         pool = params.token_to_kv_pool_allocator.get_kvcache()
         self.pools = {PoolName.KV: pool}
         self.decodes = server_args.disaggregation_mode == "decode"
@@ -132,8 +135,12 @@ class CacheControllerDirect(UnifiedCacheLinker):
         if self._suspects:  # of any rank's share: the others do not know
             whole = self._keys.keys(hashes[:hit])
             hit = self._suspects.clear_prefix(whole) // self._keys.per_page
-        self.metrics.add(lookup_hit_pages=hit)
-        return list(range(self._min_pages, hit + 1))
+        floor = self._min_pages
+        if self.costs is not None and hit >= floor:
+            floor = max(floor, self.costs.floor_pages(rid))
+            self.metrics.add(hits_not_worth=int(hit < floor))
+        self.metrics.add(lookup_hit_pages=hit if hit >= floor else 0)
+        return list(range(floor, hit + 1))
 
     def _ask(self, keys: Sequence[str]) -> int:
         if not self.engine.may_load:
@@ -170,6 +177,8 @@ class CacheControllerDirect(UnifiedCacheLinker):
             lambda: shard.of(page_numbers(slots, self._page_size)),
             self._device.fence(self.forward_stream),
         )
+        if self.costs is not None:
+            self.costs.loaded(len(transfer.keys), outcome)
         landed, still = self._agree(outcome)
         self._memo.forget(rid)
         if outcome.landed:
@@ -219,7 +228,9 @@ class CacheControllerDirect(UnifiedCacheLinker):
         return [self._quarantine.popleft().slots for _ in range(quiet)]
 
     def start_layer_wise_loading(self) -> int:
-        """-1: `load` has left nothing to wait for."""
+        """SGLang has built a prefill batch. -1: `load` has left nothing to wait for."""
+        if self.costs is not None:
+            self.costs.prefill_begins()
         return -1
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
@@ -278,6 +289,7 @@ class CacheControllerDirect(UnifiedCacheLinker):
         self.metrics.show(
             store_queue_bytes=self.engine.stores.held_bytes,
             withheld_tokens=self.quarantined_tokens,
+            least_load_tokens=0 if self.costs is None else self.costs.least_tokens,
             pool_left_alone=int(self.engine.in_trouble),
             loads_left_alone=int(self.engine.loads_in_trouble),
         )

@@ -74,7 +74,7 @@ def build(server_args: Any, params: Any, components: Any, extra: Mapping[str, An
     device = Device.of(pool.device)
     metrics = _metrics(params)
     beliefs = Beliefs(config.belief_pages, config.belief_ttl_ms / 1e3)
-    store = with_transfer(choose_store(config), config.transfer, layout, device.kind, device.index)
+    store = with_transfer(choose_store(config), config.transfer, layout, device)
     store = _with_options(store, config, metrics)
     with ExitStack() as undo:
         undo.callback(store.close)

@@ -26,6 +26,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from ascend_direct.beliefs import Suspects
+from ascend_direct.integration.costs import Costs
 from ascend_direct.integration.factory import Parts
 from ascend_direct.integration.pool_layout import page_numbers
 from ascend_direct.integration.replicas import WHOLE
@@ -60,8 +61,12 @@ def promised_tokens(chunked: Any, running: Sequence[Any], share: float) -> int:
 class _Question:
     """How many leading pages the pool holds, on this rank."""
 
-    def __init__(self, parts: Parts, suspects: Suspects, hashes: Sequence[str]) -> None:
+    def __init__(
+        self, parts: Parts, suspects: Suspects, hashes: Sequence[str], floor_pages: int
+    ) -> None:
+        """`floor_pages`: fewer are not worth a load."""
         self._parts = parts
+        self._floor_pages = floor_pages
         whole = parts.keys.keys(hashes) if suspects else ()
         clear = suspects.clear_prefix(whole) // parts.keys.per_page if whole else len(hashes)
         self._total = min(clear, len(hashes))
@@ -82,7 +87,11 @@ class _Question:
 
     def _prefix(self, held: int) -> int:
         pages = (self._believed + held) // self._parts.keys.per_page
-        return self._parts.shard.prefix(pages, self._total)
+        pages = self._parts.shard.prefix(pages, self._total)
+        if pages >= self._floor_pages:
+            return pages
+        self._parts.metrics.add(hits_not_worth=int(pages > 0))
+        return 0
 
     def cancel(self) -> None:
         if self._ticket is not None:
@@ -109,26 +118,25 @@ class _Reading:
         self._parts = parts
         self._suspects = suspects
         self._keys = parts.keys.keys(shard.of(hashes))
-        self._begin_s = time.monotonic()
         self._ticket: Ticket[list[PageStatus]] | None = parts.engine.read_ahead(
             self._keys,
             lambda: shard.of(page_numbers(slots, page_size)),
             parts.device.fence(stream),
         )
-        self._outcome: LoadOutcome | None = None if self._ticket else LoadOutcome(False)
+        self.outcome: LoadOutcome | None = None if self._ticket else LoadOutcome(False)
 
     def answer(self) -> int:
         """1 when every page of this rank's share has landed, 0 when not; PENDING until the call
         has returned."""
-        if self._outcome is None and self._ticket is not None and self._ticket.returned:
-            outcome = self._parts.engine.outcome(self._ticket, self._keys, self._begin_s)
-            self._outcome = outcome
+        if self.outcome is None and self._ticket is not None and self._ticket.returned:
+            outcome = self._parts.engine.outcome(self._ticket, self._keys)
+            self.outcome = outcome
             if outcome.landed:
                 self._parts.beliefs.confirm(self._keys)
             else:
                 self._parts.beliefs.doubt(outcome.bad_keys)
                 self._suspects.add(outcome.suspect_keys)
-        return PENDING if self._outcome is None else int(self._outcome.landed)
+        return PENDING if self.outcome is None else int(self.outcome.landed)
 
     def cancel(self) -> None:
         """Its request goes on without; the call ends at its next safe point."""
@@ -167,11 +175,13 @@ class LookAhead:
     Args:
         parts: what the controller drives.
         stream: SGLang's forward stream, for fences.
+        costs: with `admission: cost`.
     """
 
-    def __init__(self, parts: Parts, stream: Any) -> None:
+    def __init__(self, parts: Parts, stream: Any, costs: Costs | None) -> None:
         self._parts = parts
         self._stream = stream
+        self._costs = costs
         self._suspects = Suspects()
         # Set when the pool must not be used any more; what is on its way is then thrown away.
         self.detached = False
@@ -256,13 +266,14 @@ class LookAhead:
         # Its prefix will be locked, and cannot be evicted for a promise any more.
         if len(hashes) < self._min_pages or self._room(cache) < req.prefix_len:
             return
+        floor_pages = 0 if self._costs is None else self._costs.floor_pages(req.rid)
         self._ahead[req.rid] = _Ahead(
             req,
             req.prefix_len,
             req.last_node,
             cache.inc_lock_ref(req.last_node).to_dec_params(),
             hashes,
-            _Question(self._parts, self._suspects, hashes),
+            _Question(self._parts, self._suspects, hashes, floor_pages),
             time.monotonic() + self._parts.config.load_timeout_ms / 1e3,
         )
 
@@ -320,6 +331,8 @@ class LookAhead:
         """All ranks' calls have returned: into the tree with the pages, or away with the slots."""
         assert one.reading is not None
         slots, shifted_by = one.reading.slots, one.reading.shifted_by
+        if self._costs is not None and one.reading.outcome is not None:
+            self._costs.loaded(len(one.hashes), one.reading.outcome)
         if landed and one not in self._left and not self.detached:
             if self._parts.exchange is not None and shifted_by is not None:
                 self._parts.exchange.share(slots[:: self._page_size] // self._page_size, shifted_by)

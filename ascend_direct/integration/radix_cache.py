@@ -75,6 +75,14 @@ class HiRadixCacheDirect(UnifiedRadixCache):
             req.host_hit_is_storage = True
         return loaded
 
+    def finish_external_linker_loads(self, reqs: Any) -> Any:
+        """A forward has been launched, for SGLang to fail requests whose load is still under way:
+        none is here. The costs of prefills end at this point."""
+        costs = None if self.linker is None else self.direct_controller.costs
+        if costs is not None:
+            costs.forward_launched(reqs)
+        return super().finish_external_linker_loads(reqs)
+
     def check_hicache_events(self) -> None:
         """Once per scheduler round, on every rank: results of stores, slots and nodes set free."""
         controller = self.direct_controller

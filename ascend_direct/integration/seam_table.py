@@ -138,6 +138,20 @@ SEAMS = (
         _POLICY,
     ),
     Seam(
+        f"{_CACHE}.finish_external_linker_loads",
+        ("reqs",),
+        "subclass",
+        "admission cost: where the forward of a prefill batch has been launched",
+        _POLICY,
+    ),
+    Seam(
+        "sglang.srt.managers.schedule_batch.Req.extend_len",
+        (),
+        "read",
+        "admission cost: tokens that a prefill computes",
+        _POLICY,
+    ),
+    Seam(
         f"{_CACHE}.protected_size",
         (),
         "subclass",

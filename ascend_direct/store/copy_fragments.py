@@ -6,7 +6,7 @@
 Owns the kernel only; device_page_packer.py launches it. Written to Triton-Ascend's rules: a 1-D
 grid of as many programs as there are vector cores, each with a loop; whole tiles of neighbouring
 elements, two of which fit the unified buffer; every address is a scalar plus a range, so that no
-load or store of a tile is indirect. Not run on an NPU or a GPU (docs/design.md, Packing).
+load or store of a tile is indirect. tests/kernels holds it to them; not run on an NPU or a GPU.
 """
 
 from __future__ import annotations
@@ -14,19 +14,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Of 192 KiB unified buffer: two of these, since the compiler overlaps one tile's load with the
-# store of the one before.
-TILE_BYTES = 64 * 1024
-# A GPU keeps a tile in registers.
-GPU_TILE_BYTES = 16 * 1024
 
-
-def tile_elements(element_bytes: int, *, npu: bool = True) -> int:
-    """Elements of a tile."""
-    return (TILE_BYTES if npu else GPU_TILE_BYTES) // element_bytes
-
-
-@triton.jit  # type: ignore[untyped-decorator]
+# One binary for each direction and element, whatever the batch: to specialise on a number of pages
+# or on the alignment of a page would compile, for seconds, under the deadline of a load. For the
+# same reason `step` has one type.
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=[
+        *("memory", "block", "starts", "places", "rows"),
+        *("fragments", "step", "length", "page_length", "offset"),
+    ]
+)
 def copy_fragments(  # type: ignore[no-untyped-def]
     memory,
     block,
@@ -34,7 +31,7 @@ def copy_fragments(  # type: ignore[no-untyped-def]
     places,
     rows,
     fragments,
-    step,
+    step: tl.int64,
     length,
     page_length,
     offset,

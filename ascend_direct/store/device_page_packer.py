@@ -10,20 +10,26 @@ page_packer.HostBlock; not run on an NPU yet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from ascend_direct.errors import ConfigError
 from ascend_direct.page_layout import Addresses, Region
 from ascend_direct.store.base import PageBatch
 
+# Of 192 KiB unified buffer: two of these, since the compiler overlaps one tile's load with the
+# store of the one before.
+NPU_TILE_BYTES = 64 * 1024
+# A GPU keeps a tile in registers.
+GPU_TILE_BYTES = 16 * 1024
 # Programs of a launch; each loops. The vector cores of an A2; a GPU wants a few for each SM.
 NPU_PROGRAMS = 40
 GPU_PROGRAMS_PER_SM = 8
-_WORD_BYTES = 4
+WORD_BYTES = 4
 
 
 class Run(NamedTuple):
@@ -69,6 +75,44 @@ def runs(addresses: Addresses, lengths_bytes: Sequence[int]) -> list[Run]:
     return found
 
 
+class Launches(NamedTuple):
+    """What the kernel is launched with, once for each run, to copy some pages.
+
+    Attributes:
+        base: address that `starts` count from.
+        element_bytes: what everything below is counted in.
+        starts: int64 [runs, rows], where the first fragment of each run begins.
+        places: int64 [rows], which page of the block a row is.
+        counts: of each run, the kernel's arguments from `rows` to `offset`.
+    """
+
+    base: int
+    element_bytes: int
+    starts: npt.NDArray[np.int64]
+    places: npt.NDArray[np.int64]
+    counts: Sequence[tuple[int, ...]]
+
+
+def launches(pages: PageBatch, rows: Sequence[int]) -> Launches:
+    """How to copy `rows` of `pages`, at least one: in words if all of them are aligned."""
+    places = np.array(rows, np.int64)
+    addresses = pages.addresses[places]
+    found, base = runs(addresses, pages.lengths_bytes), int(addresses.min())
+    aligned = not (addresses % WORD_BYTES).any() and not np.any(
+        np.array(pages.lengths_bytes) % WORD_BYTES
+    )
+    size = WORD_BYTES if aligned else 1
+    starts = np.ascontiguousarray(addresses[:, [run.first for run in found]].T - base) // size
+    counts = [
+        (
+            *(len(places), run.fragments, run.step_bytes // size, run.length_bytes // size),
+            *(pages.page_bytes // size, run.offset_bytes // size),
+        )
+        for run in found
+    ]
+    return Launches(base, size, starts, places, counts)
+
+
 @dataclass(frozen=True)
 class _Memory:
     """What Triton takes for a tensor: device memory from an address on."""
@@ -80,66 +124,86 @@ class _Memory:
         return self.address
 
 
+class Accelerator:
+    """A device as a block needs it.
+
+    Args:
+        kind: torch device type.
+        index: local device number.
+
+    Attributes:
+        programs: of a launch.
+        tile_bytes: that a program moves at once.
+    """
+
+    def __init__(self, kind: str, index: int) -> None:
+        import torch
+
+        self.device = torch.device(kind, index)
+        self._module = torch.get_device_module(kind)
+        self._stream = self._module.Stream(device=self.device)
+        self.programs, self.tile_bytes = NPU_PROGRAMS, NPU_TILE_BYTES
+        if kind != "npu":
+            properties = self._module.get_device_properties(index)
+            self.programs = GPU_PROGRAMS_PER_SM * properties.multi_processor_count
+            self.tile_bytes = GPU_TILE_BYTES
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[None]:
+        """What is launched within has ended when this is left, also by an exception: who takes the
+        memory next does not ask."""
+        with self._module.device(self.device), self._module.stream(self._stream):
+            try:
+                yield
+            finally:
+                self._stream.synchronize()
+
+    def memory(self, address: int, dtype: Any) -> Any:
+        """Device memory from an address on, as the kernel takes it."""
+        return _Memory(address, dtype)
+
+
 class DeviceBlock:
     """A block in device memory.
 
     Args:
         size_bytes: of the block.
-        kind: torch device type.
-        index: local device number.
 
     Raises:
-        ConfigError: Triton is not installed, or there is no device memory for the block.
+        ImportError: Triton is not installed.
+        RuntimeError: there is no device memory for the block.
     """
 
-    def __init__(self, size_bytes: int, kind: str, index: int) -> None:
+    def __init__(self, size_bytes: int, accelerator: Accelerator) -> None:
         import torch
 
-        try:
-            from ascend_direct.store.copy_fragments import copy_fragments, tile_elements
+        from ascend_direct.store.copy_fragments import copy_fragments
 
-            self._torch, self._device = torch, torch.device(kind, index)
-            self._bytes = torch.zeros(size_bytes, dtype=torch.uint8, device=self._device)
-        except (ImportError, RuntimeError) as error:  # RuntimeError: out of memory
-            raise ConfigError(
-                [f"pages cannot be packed on {kind}:{index} ({error}): set transfer to scatter."]
-            ) from error
-        self._kernel, self._tile_elements = copy_fragments, tile_elements
-        self._module = torch.get_device_module(kind)
-        self._stream = self._module.Stream(device=self._device)
-        self._programs = NPU_PROGRAMS
-        if kind != "npu":
-            properties = self._module.get_device_properties(index)
-            self._programs = GPU_PROGRAMS_PER_SM * properties.multi_processor_count
+        self._kernel, self._accelerator, self._torch = copy_fragments, accelerator, torch
+        with accelerator.stream():  # else the zeros might come after the first page
+            self._bytes = torch.zeros(size_bytes, dtype=torch.uint8, device=accelerator.device)
         self.region = Region(self._bytes.data_ptr(), size_bytes)
 
     def pack(self, pages: PageBatch) -> None:
-        self._launch(pages, list(range(len(pages))), pack=True)
+        self._copy(pages, range(len(pages)), pack=True)
 
     def unpack(self, pages: PageBatch, rows: Sequence[int]) -> None:
-        self._launch(pages, rows, pack=False)
+        self._copy(pages, rows, pack=False)
 
-    def _launch(self, pages: PageBatch, rows: Sequence[int], *, pack: bool) -> None:
-        """One launch for each run, then wait: the pool reads or reuses the memory next."""
-        addresses = pages.addresses[list(rows)]
-        found = runs(addresses, pages.lengths_bytes)
-        words = (
-            all(n % _WORD_BYTES == 0 for n in pages.lengths_bytes)
-            and not (addresses % _WORD_BYTES).any()
-        )
-        size, dtype = (_WORD_BYTES, self._torch.int32) if words else (1, self._torch.uint8)
-        base = int(addresses.min())
-        firsts = np.ascontiguousarray(addresses[:, [run.first for run in found]].T - base) // size
-        with self._module.stream(self._stream):
-            starts = self._torch.from_numpy(firsts).to(self._device)
-            places = self._torch.tensor(list(rows), dtype=self._torch.int64).to(self._device)
-            memory, block = _Memory(base, dtype), self._bytes[: self._bytes.numel() // size * size]
-            for run, first in zip(found, starts, strict=True):
-                self._kernel[(self._programs,)](
-                    *(memory, block.view(dtype), first, places, len(rows), run.fragments),
-                    *(n // size for n in (run.step_bytes, run.length_bytes, pages.page_bytes)),
-                    run.offset_bytes // size,
+    def _copy(self, pages: PageBatch, rows: Sequence[int], *, pack: bool) -> None:
+        if not len(rows):
+            return
+        base, size, *arrays, counts = launches(pages, rows)
+        dtype = self._torch.int32 if size == WORD_BYTES else self._torch.uint8
+        memory = self._accelerator.memory(base, dtype)
+        block = self._bytes[: self._bytes.numel() // size * size].view(dtype)
+        with self._accelerator.stream():
+            starts, places = (
+                self._torch.from_numpy(array).to(self._accelerator.device) for array in arrays
+            )
+            for first, numbers in zip(starts, counts, strict=True):
+                self._kernel[(self._accelerator.programs,)](
+                    *(memory, block, first, places, *numbers),
                     PACK=pack,
-                    TILE=self._tile_elements(size, npu=self._device.type == "npu"),
+                    TILE=self._accelerator.tile_bytes // size,
                 )
-            self._stream.synchronize()

@@ -28,6 +28,7 @@ from typing import Literal
 import numpy as np
 
 from ascend_direct.config import MIB
+from ascend_direct.device import Device
 from ascend_direct.errors import ConfigError, StoreError
 from ascend_direct.page_layout import PageLayout
 from ascend_direct.store.base import (
@@ -52,6 +53,8 @@ PROBE_PAGES = 8
 PROBE_ROUNDS = 9
 # No further round is begun after the first; an unfinished one is given up after the second.
 PROBE_S, PROBE_LIMIT_S = 0.3, 2.0
+# At close, for a measurement that was given up; one that hangs is left behind, the store open.
+PROBE_CLOSE_S = 10.0
 # Packing must save at least this much to be worth its memory traffic.
 PACKED_GAIN = 1.05
 
@@ -65,7 +68,8 @@ class PackedStore(PageStore):
         store: not open yet.
         mode: whether to pack, or to measure that.
         make_block: makes a block of so many bytes in the memory that the pages are in.
-        lengths_bytes: the fragments of an object, for the measurement.
+        lengths_bytes: the fragments of an object, to try the blocks out and to measure.
+        bind_thread: makes the device current for the thread that measures.
         block_bytes: of each block; a batch that does not fit is moved in several calls.
     """
 
@@ -75,6 +79,7 @@ class PackedStore(PageStore):
         mode: Literal["auto", "packed"],
         make_block: MakeBlock,
         lengths_bytes: Sequence[int],
+        bind_thread: Callable[[], None],
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
         self.name = store.name
@@ -82,9 +87,13 @@ class PackedStore(PageStore):
         self._mode = mode
         self._make_block = make_block
         self._lengths_bytes = tuple(lengths_bytes)
+        self._bind_thread = bind_thread
         self._block_bytes = max(block_bytes, sum(lengths_bytes))
+        # Kept also where they are not used: the pool may have registered their memory.
+        self._made: list[Block] = []
         self._blocks: queue.SimpleQueue[Block] = queue.SimpleQueue()
         self._packs = False
+        self._probe: threading.Thread | None = None
 
     @property
     def packs(self) -> bool:
@@ -99,22 +108,30 @@ class PackedStore(PageStore):
 
     def open(self, context: StoreContext) -> None:
         wanted = self._mode == "packed" or context.memory is Memory.DEVICE
-        blocks = self._new_blocks() if wanted and len(self._lengths_bytes) > 1 else []
-        regions = (*context.regions, *(block.region for block in blocks))
+        if wanted and len(self._lengths_bytes) > 1 and not self._made:
+            self._made = self._new_blocks()
+        regions = (*context.regions, *(block.region for block in self._made))
         self._store.open(replace(context, regions=regions))
-        self._packs = bool(blocks) and (self._mode == "packed" or self._is_faster(blocks))
+        self._packs = bool(self._made) and (self._mode == "packed" or self._is_faster())
         if self._packs:
-            for block in blocks:
+            for block in self._made:
                 self._blocks.put(block)
 
     def _new_blocks(self) -> list[Block]:
+        """Blocks that have packed and unpacked once: a kernel is compiled at its first launch,
+        which may fail, and takes longer than a load may."""
         try:
-            return [self._make_block(self._block_bytes) for _ in range(BLOCKS)]
-        except ConfigError as error:
+            blocks = [self._make_block(self._block_bytes) for _ in range(BLOCKS)]
+            pages = self._probe_pages(blocks[0])
+            blocks[1].pack(pages)
+            blocks[1].unpack(pages, range(len(pages)))
+        except Exception as error:  # a compiler may raise anything
+            failure = error if isinstance(error, ConfigError) else _refusal(error)
             if self._mode == "packed":
-                raise
-            logger.warning("transfer auto: scatter, %s", "; ".join(error.reasons))
+                raise failure from error
+            logger.warning("transfer auto: scatter, %s", "; ".join(failure.reasons))
             return []
+        return blocks
 
     def exists(self, keys: Sequence[str]) -> list[PageStatus]:
         return self._store.exists(keys)
@@ -126,6 +143,11 @@ class PackedStore(PageStore):
         return self._store.stats()
 
     def close(self) -> None:
+        if self._probe is not None:
+            self._probe.join(PROBE_CLOSE_S)
+            if self._probe.is_alive():
+                logger.warning("a pool call is still under way; leaving it behind")
+                return
         self._store.close()
 
     # ---- pages -----------------------------------------------------------------------------
@@ -186,20 +208,21 @@ class PackedStore(PageStore):
 
     # ---- the measurement -------------------------------------------------------------------
 
-    def _is_faster(self, blocks: list[Block]) -> bool:
+    def _is_faster(self) -> bool:
         """Whether packed reads beat scattered ones; False if the pool does not say in time."""
         times: dict[str, float] = {}
         failure: list[str] = []
 
         def measure() -> None:
             try:
-                times.update(self._measure(blocks[0], blocks[1]))
+                self._bind_thread()
+                times.update(self._measure(*self._made))
             except Exception as error:  # noqa: BLE001  a thread root; a store may be anybody's code
                 failure.append(str(error))
 
-        thread = threading.Thread(target=measure, name="ad-transfer-probe", daemon=True)
-        thread.start()
-        thread.join(PROBE_LIMIT_S)
+        self._probe = threading.Thread(target=measure, name="ad-transfer-probe", daemon=True)
+        self._probe.start()
+        self._probe.join(PROBE_LIMIT_S)
         if not times:
             reason = failure[0] if failure else f"no answer within {PROBE_LIMIT_S:.0f} s"
             logger.warning("transfer auto: scatter, the pool could not be measured: %s", reason)
@@ -222,7 +245,7 @@ class PackedStore(PageStore):
         """
         pages = self._probe_pages(scattered)
         keys = [f"ad1:transfer:-:{pages.page_bytes}-{row}" for row in range(len(pages))]
-        packed.pack(pages)  # warm, and nothing in the pool but zeros
+        packed.pack(pages)  # nothing in the pool but zeros
         _all_ok("put", self._store.put(keys, _packed(packed, pages)))
         ways: dict[str, Callable[[], list[PageStatus]]] = {
             "scatter": lambda: self._store.get(keys, pages),
@@ -237,7 +260,7 @@ class PackedStore(PageStore):
                 seconds[name].append(time.perf_counter() - start_s)
             if time.perf_counter() - begin_s > PROBE_S:
                 break
-        # The first round opens connections and compiles the kernel.
+        # The first round opens connections.
         return {name: statistics.median(took[1:] or took) for name, took in seconds.items()}
 
     def _probe_pages(self, block: Block) -> PageBatch:
@@ -263,26 +286,25 @@ def _all_ok(operation: str, answers: list[PageStatus]) -> None:
         raise StoreError(operation, f"a measured page is {bad[0].value if bad else 'lost'}")
 
 
+def _refusal(error: Exception) -> ConfigError:
+    return ConfigError([f"pages cannot be packed here ({error!r}): set transfer to scatter."])
+
+
 def with_transfer(
     store: PageStore,
     mode: Literal["auto", "scatter", "packed"],
     layout: PageLayout,
-    kind: str,
-    index: int,
+    device: Device,
 ) -> PageStore:
-    """`store`, or one that packs its pages.
-
-    Args:
-        kind, index: torch's name of the device that the KV pool is on.
-    """
+    """`store`, or one that packs its pages, which are on `device`."""
     if mode == "scatter":
         return store
 
     def make_block(size_bytes: int) -> Block:
-        if kind == "cpu":
+        if device.kind == "cpu":
             return HostBlock(size_bytes)
-        from ascend_direct.store.device_page_packer import DeviceBlock
+        from ascend_direct.store.device_page_packer import Accelerator, DeviceBlock
 
-        return DeviceBlock(size_bytes, kind, index)
+        return DeviceBlock(size_bytes, Accelerator(device.kind, device.index))
 
-    return PackedStore(store, mode, make_block, layout.lengths_bytes)
+    return PackedStore(store, mode, make_block, layout.lengths_bytes, device.bind_thread)

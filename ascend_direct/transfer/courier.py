@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -23,6 +24,7 @@ class Ticket(Generic[Result]):
 
     Attributes:
         cancelled: set when the caller has left; the call should end at its next safe point.
+        began_s, returned_s: when its own work began, which the call tells, and when it returned.
     """
 
     def __init__(self, call: Callable[[Ticket[Result]], Result]) -> None:
@@ -31,6 +33,8 @@ class Ticket(Generic[Result]):
         self._result: Result | None = None
         self._error: BaseException | None = None
         self.cancelled = threading.Event()
+        self.began_s: float | None = None
+        self.returned_s = 0.0
 
     def run(self) -> None:
         """Make the call; on the courier's thread."""
@@ -39,6 +43,7 @@ class Ticket(Generic[Result]):
         except BaseException as error:  # noqa: BLE001  a thread root: the caller re-raises it
             self._error = error
         finally:
+            self.returned_s = time.monotonic()
             self._returned.set()
 
     @property

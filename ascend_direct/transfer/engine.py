@@ -10,7 +10,6 @@ unknown, a load refused and a store failed: no exception leaves this file after 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,12 +53,14 @@ class LoadOutcome:
         bad_keys: keys whose pages the pool did not deliver.
         suspect_keys: those of them that are in the pool and cannot be had: of another size,
             damaged, or on a member that does not answer.
+        took_s: what the pool needed, from the fence on; 0 for no pages.
     """
 
     landed: bool
     late: Ticket[list[PageStatus]] | None = None
     bad_keys: tuple[str, ...] = ()
     suspect_keys: tuple[str, ...] = ()
+    took_s: float = 0.0
 
 
 class TransferEngine:
@@ -184,18 +185,15 @@ class TransferEngine:
         """
         if not self._load_breaker.allow(time.monotonic()):
             return LoadOutcome(False)
-        begin = time.monotonic()
-        ready = threading.Event()
         ticket = self._loading.call(
-            lambda ticket: self._read(keys, pages, fence, ready, ticket),
-            self._limits.load_timeout_s,
+            lambda ticket: self._read(keys, pages, fence, ticket), self._limits.load_timeout_s
         )
         if ticket is None or not ticket.returned:
             self._metrics.add(loads_late=1)
-            if ready.is_set() or ticket is None:  # else it is the forward that is slow
+            if ticket is None or ticket.began_s is not None:  # else it is the forward that is slow
                 self._note_failure(self._load_breaker, "load", f"{len(keys)} pages not in time")
             return LoadOutcome(False, late=ticket)
-        return self.outcome(ticket, keys, begin)
+        return self.outcome(ticket, keys)
 
     def read_ahead(
         self, keys: Sequence[str], pages: Callable[[], Pages], fence: Fence
@@ -204,18 +202,15 @@ class TransferEngine:
         None while the pool is left alone."""
         if not self._load_breaker.allow(time.monotonic()):
             return None
-        ready = threading.Event()
-        return self._loading.submit(lambda ticket: self._read(keys, pages, fence, ready, ticket))
+        return self._loading.submit(lambda ticket: self._read(keys, pages, fence, ticket))
 
     def gave_up(self, keys: Sequence[str]) -> None:
         """A read ahead has not returned in time."""
         self._metrics.add(loads_late=1)
         self._note_failure(self._load_breaker, "load", f"{len(keys)} pages not in time")
 
-    def outcome(
-        self, ticket: Ticket[list[PageStatus]], keys: Sequence[str], begin: float
-    ) -> LoadOutcome:
-        """What became of a load whose call has returned; `begin` is when it was asked for."""
+    def outcome(self, ticket: Ticket[list[PageStatus]], keys: Sequence[str]) -> LoadOutcome:
+        """What became of a load whose call has returned."""
         try:
             statuses = _answer(ticket)
         except StoreError as error:
@@ -234,24 +229,24 @@ class TransferEngine:
             logger.warning("load refused: %d of %d pages not delivered", len(bad), len(keys))
             suspect = (k for k, s in zip(keys, statuses, strict=False) if s in _SUSPECT)
             return LoadOutcome(False, bad_keys=bad, suspect_keys=tuple(suspect))
+        took_s = ticket.returned_s - (ticket.began_s or ticket.returned_s)
         self._metrics.add(
             loads=1,
             load_pages=len(keys),
             load_bytes=len(keys) * self._layout.object_bytes,
-            load_us=int((time.monotonic() - begin) * 1e6),
+            load_us=int(took_s * 1e6),
         )
-        return LoadOutcome(True)
+        return LoadOutcome(True, took_s=took_s if keys else 0.0)
 
     def _read(
         self,
         keys: Sequence[str],
         pages: Callable[[], Pages],
         fence: Fence,
-        ready: threading.Event,
         ticket: Ticket[list[PageStatus]],
     ) -> list[PageStatus]:
         fence.wait()
-        ready.set()
+        ticket.began_s = time.monotonic()
         rows = self._layout.addresses(pages())
         statuses: list[PageStatus] = []
         for part in self._batches(len(keys)):

@@ -6,20 +6,24 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ascend_direct.device import Device
 from ascend_direct.errors import ConfigError, StoreError, StoreUnavailable
+from ascend_direct.page_layout import Region
 from ascend_direct.store import packed, page_packer
 from ascend_direct.store.base import Memory, PageBatch, PageStatus, PageStore, StoreContext
 from ascend_direct.store.local import create
-from ascend_direct.store.packed import PackedStore, with_transfer
+from ascend_direct.store.packed import MakeBlock, PackedStore, with_transfer
 from ascend_direct.store.page_packer import HostBlock
 from tests.contract.store_contract import Arena, StoreContract, StoreFactory, new_keys
 from tests.fakes.memory_store import MemoryPool, MemoryStore
@@ -47,6 +51,10 @@ class SpanStore(MemoryStore):
     def put(self, keys: Sequence[str], pages: PageBatch) -> list[PageStatus]:
         self.spans.append(len(pages.lengths_bytes))
         return super().put(keys, pages)
+
+
+def no_device() -> None:
+    """Nothing to make current."""
 
 
 class SlowBlock(HostBlock):
@@ -77,7 +85,7 @@ class TestPackedOverMemory(StoreContract):
     @pytest.fixture
     def store_factory(self, pool: MemoryPool) -> StoreFactory:
         def make(context: StoreContext) -> PageStore:
-            store = PackedStore(MemoryStore(pool), "packed", HostBlock, LENGTHS, 4096)
+            store = PackedStore(MemoryStore(pool), "packed", HostBlock, LENGTHS, no_device, 4096)
             store.open(context)
             assert store.packs
             return store
@@ -90,15 +98,21 @@ class TestPackedOverLocal(StoreContract):
     def store_factory(self, tmp_path: Path) -> StoreFactory:
         def make(context: StoreContext) -> PageStore:
             inner = create({"path": str(tmp_path), "size_bytes": 64 << 20})
-            store = PackedStore(inner, "packed", HostBlock, LENGTHS)
+            store = PackedStore(inner, "packed", HostBlock, LENGTHS, no_device)
             store.open(context)
             return store
 
         return make
 
 
-def opened(store: PageStore, mode: str, context: StoreContext = DEVICE) -> PackedStore:
-    made = PackedStore(store, mode, HostBlock, LENGTHS)  # type: ignore[arg-type]
+def opened(
+    store: PageStore,
+    mode: str,
+    context: StoreContext = DEVICE,
+    make_block: MakeBlock = HostBlock,
+    bind_thread: Callable[[], None] = no_device,
+) -> PackedStore:
+    made = PackedStore(store, mode, make_block, LENGTHS, bind_thread)  # type: ignore[arg-type]
     made.open(context)
     return made
 
@@ -166,7 +180,7 @@ def test_what_cannot_be_packed_is_left_to_the_store(
     pool: MemoryPool, rng: np.random.Generator
 ) -> None:
     inner = SpanStore(pool, 0, 0)
-    store = PackedStore(inner, "packed", HostBlock, LENGTHS, 4096)
+    store = PackedStore(inner, "packed", HostBlock, LENGTHS, no_device, 4096)
     store.open(StoreContext())
     large = Arena().place(1, (4096, 16), rng)
     assert store.put(new_keys(1), large) == [OK]
@@ -228,9 +242,8 @@ def test_auto_packs_where_the_pool_is_slow_for_each_span(
 def test_auto_scatters_where_the_copy_costs_more_than_the_spans(
     pool: MemoryPool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = PackedStore(SpanStore(pool, 0, byte_ms=0.001), "auto", SlowBlock, LENGTHS)
     with caplog.at_level(logging.INFO):
-        store.open(DEVICE)
+        store = opened(SpanStore(pool, 0, byte_ms=0.001), "auto", make_block=SlowBlock)
     assert not store.packs
     assert "transfer auto: scatter" in caplog.text
 
@@ -264,7 +277,68 @@ def test_a_pool_that_hangs_in_the_measurement_holds_no_start_up(
     store = opened(inner, "auto")
     assert not store.packs
     assert "no answer within" in caplog.text
-    store.close()  # releases it
+    inner.faults["get"].release()
+    store.close()
+    assert inner.closes == 1
+
+
+def test_a_pool_that_still_hangs_at_close_is_left_open(
+    pool: MemoryPool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store is closed when its calls have returned: a native one may crash the process."""
+    monkeypatch.setattr(packed, "PROBE_LIMIT_S", 0.2)
+    monkeypatch.setattr(packed, "PROBE_CLOSE_S", 0.2)
+    inner = MemoryStore(pool)
+    inner.faults["get"].hold()
+    store = opened(inner, "auto")
+    store.close()
+    assert inner.closes == 0
+    assert "leaving it behind" in caplog.text
+    inner.faults["get"].release()
+
+
+def test_the_thread_that_measures_has_the_device(pool: MemoryPool) -> None:
+    """A native call of a thread without one fails, or works on device 0."""
+    inner, bound, called = MemoryStore(pool), set[int](), set[int]()
+    inner.faults["get"].before = lambda keys: called.add(threading.get_ident())
+    opened(inner, "auto", bind_thread=lambda: bound.add(threading.get_ident()))
+    assert called == bound != set()
+
+
+def test_blocks_that_the_pool_was_told_of_stay_while_it_is_open(pool: MemoryPool) -> None:
+    made: list[weakref.ref[HostBlock]] = []
+
+    def make_block(size_bytes: int) -> HostBlock:
+        block = SlowBlock(size_bytes)
+        made.append(weakref.ref(block))
+        return block
+
+    store = opened(SpanStore(pool, 0, byte_ms=0.001), "auto", make_block=make_block)
+    gc.collect()
+    assert not store.packs
+    assert [block() is not None for block in made] == [True, True]
+
+
+def test_a_pool_that_is_tried_again_is_told_of_the_same_blocks(pool: MemoryPool) -> None:
+    """With on_pool_unavailable: degrade a store is opened until that works."""
+
+    class LateStore(MemoryStore):
+        regions: tuple[tuple[Region, ...], ...] = ()
+
+        def open(self, context: StoreContext) -> None:
+            self.regions = (*self.regions, context.regions)
+            if len(self.regions) < 3:
+                raise StoreUnavailable("open", "not yet")
+            super().open(context)
+
+    inner = LateStore(pool)
+    store = PackedStore(inner, "packed", HostBlock, LENGTHS, no_device)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable):
+            store.open(DEVICE)
+    store.open(DEVICE)
+    assert store.packs
+    assert len(set(inner.regions)) == 1
 
 
 def test_auto_neither_measures_nor_packs_host_memory(pool: MemoryPool) -> None:
@@ -285,6 +359,23 @@ def test_without_a_compiler_auto_scatters_and_packed_is_refused(
         opened(MemoryStore(pool), "packed")
 
 
+class KernelThatDoesNotCompile(HostBlock):
+    """Says so at its first launch, as Triton does."""
+
+    def pack(self, pages: PageBatch) -> None:
+        raise OSError("bishengir-compile: not found")
+
+
+def test_a_block_that_cannot_pack_is_found_out_at_the_start(
+    pool: MemoryPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = opened(MemoryStore(pool), "auto", make_block=KernelThatDoesNotCompile)
+    assert not store.packs
+    assert "bishengir-compile: not found" in caplog.text
+    with pytest.raises(ConfigError, match=r"bishengir-compile.*set transfer to scatter"):
+        opened(MemoryStore(pool), "packed", make_block=KernelThatDoesNotCompile)
+
+
 def test_scatter_is_the_store_itself(pool: MemoryPool) -> None:
     inner = MemoryStore(pool)
-    assert with_transfer(inner, "scatter", None, "cpu", 0) is inner  # type: ignore[arg-type]
+    assert with_transfer(inner, "scatter", None, Device("cpu")) is inner  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ LAYER = {
     "model_identity": 0,
     "metrics": 0,
     "beliefs": 0,
+    "admission": 0,
     "store": 1,
     "device": 1,
     "transfer": 2,
@@ -45,6 +46,8 @@ ONLY_IN = {
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Modules that only servers with an option run; not in the core's budget, nor in a store's.
 OPTIONAL = {
+    "admission.py": "admission: cost",
+    "integration/costs.py": "admission: cost",
     "integration/lookahead.py": "load_mode: lookahead",
     "integration/prometheus.py": "--enable-metrics",
     "store/attach.py": "on_pool_unavailable: degrade",
