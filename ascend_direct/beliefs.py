@@ -110,7 +110,7 @@ class Suspects:
 
 
 class _Memo(NamedTuple):
-    first_key: str
+    last_hash: str
     asked_pages: int
     hit_pages: int
     expires_s: float
@@ -119,7 +119,8 @@ class _Memo(NamedTuple):
 class LookupMemo:
     """Per request: the last lookup and its answer, for a short time.
 
-    Used by the scheduler thread alone.
+    A page hash covers all tokens before it: with the last one and the number two questions are the
+    same, whatever their length. Used by the scheduler thread alone.
     """
 
     def __init__(self, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -127,18 +128,18 @@ class LookupMemo:
         self._clock = clock
         self._memos: OrderedDict[str, _Memo] = OrderedDict()
 
-    def recall(self, rid: str, keys: Sequence[str]) -> int | None:
+    def recall(self, rid: str, hashes: Sequence[str]) -> int | None:
         """The answer to the same question asked lately; None if there is none."""
         memo = self._memos.get(rid)
         if memo is None or memo.expires_s <= self._clock():
             return None
-        if (memo.first_key, memo.asked_pages) != (keys[0], len(keys)):
+        if (memo.last_hash, memo.asked_pages) != (hashes[-1], len(hashes)):
             return None
         return memo.hit_pages
 
-    def note(self, rid: str, keys: Sequence[str], hit_pages: int) -> None:
+    def note(self, rid: str, hashes: Sequence[str], hit_pages: int) -> None:
         """Remember an answer."""
-        self._memos[rid] = _Memo(keys[0], len(keys), hit_pages, self._clock() + self._ttl_s)
+        self._memos[rid] = _Memo(hashes[-1], len(hashes), hit_pages, self._clock() + self._ttl_s)
         self._memos.move_to_end(rid)
         while len(self._memos) > MAX_MEMOS:
             self._memos.popitem(last=False)

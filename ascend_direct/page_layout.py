@@ -123,11 +123,12 @@ class PageLayout:
             LayoutError: a page is outside 1 … num_pages − 1 (page 0 is padding) or given twice.
         """
         if pages.size:
-            if int(pages.min()) < 1 or int(pages.max()) >= self.num_pages:
+            ordered = np.sort(pages)
+            if int(ordered[0]) < 1 or int(ordered[-1]) >= self.num_pages:
                 raise LayoutError(
                     f"pages must lie in 1 … {self.num_pages - 1}, got {pages.tolist()}"
                 )
-            if np.unique(pages).size != pages.size:
+            if (ordered[1:] == ordered[:-1]).any():
                 raise LayoutError(f"a page is named twice: {pages.tolist()}")
         rows = self._bases[None, :] + pages[:, None] * self._strides[None, :]
         return rows.reshape(len(pages) * self.objects_per_page, len(self.lengths_bytes))

@@ -123,14 +123,13 @@ class CacheControllerDirect(UnifiedCacheLinker):
         if self.look_ahead is not None:
             self.look_ahead.note(rid, hashes)
             return []
-        # Of pages that all ranks hold alike each rank asks for its share: SGLang intersects.
-        keys = self._keys.keys(self._shard.of(hashes))
-        held = self._memo.recall(rid, keys) if keys else 0
+        held = self._memo.recall(rid, hashes)
         if held is not None:
             self.metrics.add(lookups_from_memo=1)
         else:
-            held = self._ask(keys)
-            self._memo.note(rid, keys, held)
+            # Of pages that all ranks hold alike each rank asks for its share: SGLang intersects.
+            held = self._ask(self._keys.keys(self._shard.of(hashes)))
+            self._memo.note(rid, hashes, held)
         hit = self._shard.prefix(held // self._keys.per_page, len(hashes))
         if self._suspects:  # of any rank's share: the others do not know
             whole = self._keys.keys(hashes[:hit])

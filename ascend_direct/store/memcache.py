@@ -280,12 +280,12 @@ class MemcacheStore(PageStore):
             raise StoreUnavailable(
                 operation, f"{len(codes)} answers for {len(rows)} keys: the client is closed"
             )
-        meanings = [table.get(code, UNKNOWN) for code in codes]
-        self._log.note(operation, dict(zip(codes, meanings, strict=True)))
-        if all(meaning.pool_gone for meaning in meanings):
-            raise StoreUnavailable(operation, meanings[0].meaning, codes[0])
-        for row, meaning in zip(rows, meanings, strict=True):
-            statuses[row] = meaning.status
+        meanings = {code: table.get(code, UNKNOWN) for code in set(codes)}
+        self._log.note(operation, meanings)
+        if all(meaning.pool_gone for meaning in meanings.values()):
+            raise StoreUnavailable(operation, meanings[codes[0]].meaning, codes[0])
+        for row, code in zip(rows, codes, strict=True):
+            statuses[row] = meanings[code].status
         return statuses
 
 
@@ -367,10 +367,10 @@ def _import_library() -> Any:
 
 def _is_sendable(key: str) -> bool:
     try:
-        encoded = key.encode()
+        size_bytes = len(key) if key.isascii() else len(key.encode())
     except UnicodeEncodeError:  # a lone surrogate
         return False
-    return 0 < len(encoded) <= MAX_KEY_BYTES and b"\0" not in encoded
+    return 0 < size_bytes <= MAX_KEY_BYTES and "\0" not in key
 
 
 def _sendable_rows(keys: Sequence[str], pages: PageBatch) -> list[int]:
@@ -378,8 +378,11 @@ def _sendable_rows(keys: Sequence[str], pages: PageBatch) -> list[int]:
         raise ValueError(f"{len(keys)} keys for {len(pages)} pages")
     if not pages.lengths_bytes or min(pages.lengths_bytes) < 1:
         raise ValueError(f"spans of {pages.lengths_bytes} bytes")
-    mapped = np.all(pages.addresses > 0, axis=1).tolist()
-    return [row for row, key in enumerate(keys) if mapped[row] and _is_sendable(key)]
+    rows = [row for row, key in enumerate(keys) if _is_sendable(key)]
+    if not rows or int(pages.addresses.min()) > 0:
+        return rows
+    mapped = np.all(pages.addresses > 0, axis=1)
+    return [row for row in rows if mapped[row]]
 
 
 def _arguments(
@@ -387,4 +390,5 @@ def _arguments(
 ) -> tuple[list[str], list[list[int]], list[list[int]]]:
     """Keys, addresses and sizes for the native batch calls; all rows share one list of sizes."""
     sizes = list(pages.lengths_bytes)
-    return [keys[row] for row in rows], pages.addresses[rows].tolist(), [sizes] * len(rows)
+    addresses = pages.addresses if len(rows) == len(keys) else pages.addresses[rows]
+    return [keys[row] for row in rows], addresses.tolist(), [sizes] * len(rows)
