@@ -8,6 +8,7 @@ Thread-safe. Exporting them (Prometheus, SGLang's collectors) is the integration
 
 from __future__ import annotations
 
+import re
 import threading
 from dataclasses import asdict, dataclass, field, fields
 
@@ -35,8 +36,15 @@ class Counts:
     load_pages: int = _count("Pages loaded.")
     load_bytes: int = _count("Bytes loaded.")
     load_us: int = _count("Duration of a load that landed, once the running forward had.")
+    load_tokens: int = _count("Prompt tokens that loads brought; every rank counts all of them.")
     loads_failed: int = _count("Loads refused because the pool did not deliver a page.")
-    loads_late: int = _count("Loads given up at their deadline.")
+    loads_missing: int = _count("Those of loads_failed whose pages were only gone from the pool.")
+    loads_late: int = _count("Loads given up at their deadline: the pool was slow.")
+    loads_fence_late: int = _count("Loads given up before they began: the device was slow.")
+    loads_busy: int = _count("Loads not tried because an earlier call has not returned.")
+    loads_not_tried: int = _count("Loads not tried because loads are left alone.")
+    loads_elsewhere: int = _count("Loads that landed here and were refused for another rank.")
+    loads_detached: int = _count("Loads not tried because weights changed at run time.")
     loads_corrupt: int = _count("Loads refused because a page did not match its digest.")
     stores: int = _count("Stores that were written.")
     store_pages: int = _count("Pages stored.")
@@ -47,10 +55,11 @@ class Counts:
     stores_dropped_queue_full: int = _count("Stores dropped because the queue had no room.")
     stores_dropped_deadline: int = _count("Stores dropped because they were queued for too long.")
     stores_late: int = _count("Stores given up while their call was under way.")
+    lookahead_given_up: int = _count("Requests that waited for pages in vain, and went on without.")
     breaker_opened: int = _count("Times that the pool was left alone after failures.")
 
 
-_TROUBLE = ("failed", "late", "corrupt", "dropped", "timed")
+_TROUBLE = re.compile("failed|late$|corrupt|dropped|timed|busy|not_tried|elsewhere|detached")
 # Counter → what it counts.
 NAMES: dict[str, str] = {each.name: each.metadata["help"] for each in fields(Counts)}
 # What has a level and no total → what it is.
@@ -79,6 +88,9 @@ class Metrics:
             for name, amount in amounts.items():
                 setattr(self._counts, name, getattr(self._counts, name) + amount)
 
+    def join(self, cache: object) -> None:
+        """The cache that these are about, for exporters."""
+
     def show(self, **levels: int) -> None:
         """Levels of this moment, for exporters."""
 
@@ -92,11 +104,7 @@ class Metrics:
         now = self.snapshot()
         load_gbps = now["load_bytes"] / max(now["load_us"], 1) / 1e3
         store_gbps = now["store_bytes"] / max(now["store_us"], 1) / 1e3
-        troubles = {
-            name: now[name]
-            for name in NAMES
-            if now[name] and any(word in name for word in _TROUBLE)
-        }
+        troubles = {name: n for name, n in now.items() if n and _TROUBLE.search(name)}
         return (
             f"pool: {now['loads']} loads ({now['load_pages']} pages, {load_gbps:.2f} GB/s), "
             f"{now['stores']} stores ({now['store_pages']} pages, {store_gbps:.2f} GB/s, "

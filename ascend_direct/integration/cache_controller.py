@@ -80,7 +80,7 @@ class CacheControllerDirect(UnifiedCacheLinker):
         self._page_size = params.page_size
         self._min_pages = -(-parts.config.min_load_tokens // params.page_size)
         self._quarantine: deque[_Quarantined] = deque()
-        self._detached = False
+        self.detached = False
         self.forward_stream = forward_stream
         by_cost = parts.config.admission == "cost"
         self.costs = Costs(parts.device, forward_stream, params.page_size) if by_cost else None
@@ -117,7 +117,7 @@ class CacheControllerDirect(UnifiedCacheLinker):
         """Every restorable prefix length in pages that is worth a load; [] when none is."""
         (transfer,) = transfers
         hashes: Sequence[str] = transfer.keys or ()
-        if self._detached or len(hashes) < self._min_pages:
+        if self.detached or len(hashes) < self._min_pages:
             return []
         self.metrics.add(lookups=1)
         if self.look_ahead is not None:
@@ -164,7 +164,8 @@ class CacheControllerDirect(UnifiedCacheLinker):
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         """Read all pages now. True: every byte is in place on every rank. Same on all ranks."""
-        if self._detached:
+        if self.detached:
+            self.metrics.add(loads_detached=1)
             return False
         (transfer,) = transfers
         slots = transfer.device_indices
@@ -206,6 +207,7 @@ class CacheControllerDirect(UnifiedCacheLinker):
         mine = [int(outcome.landed), int(still), -self._reading.last_us_per_page]
         landed, quiet, cost = self.ranks.smallest(mine)
         self._reading.agreed(-cost)
+        self.metrics.add(loads_elsewhere=int(outcome.landed and not landed))
         return bool(landed), bool(quiet)
 
     @property
@@ -245,7 +247,7 @@ class CacheControllerDirect(UnifiedCacheLinker):
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
         """Queue one node's pages. A full queue is a failed store, reported in its turn: whether it
         is full differs between ranks, and what this returns must not."""
-        if self._detached or self.config.write_policy == "off":
+        if self.detached or self.config.write_policy == "off":
             return False
         hashes = [h for transfer in transfers for h in transfer.keys or ()]
         shard = self._shard.shifted(self._offered_pages)
@@ -275,8 +277,8 @@ class CacheControllerDirect(UnifiedCacheLinker):
 
     def detach(self, reason: str) -> None:
         """Use the pool no more. Every rank gets the same request, so all detach at one point."""
-        if not self._detached:
-            self._detached = True
+        if not self.detached:
+            self.detached = True
             if self.look_ahead is not None:
                 self.look_ahead.detached = True
             logger.warning(

@@ -72,7 +72,7 @@ def build(server_args: Any, params: Any, components: Any, extra: Mapping[str, An
     shard = Shard(ranks.rank, ranks.size) if heads is None else WHOLE
     exchange = _exchange(pool, layout, params, shard, config) if shard.size > 1 else None
     device = Device.of(pool.device)
-    metrics = _metrics(params)
+    metrics = _metrics(params, layout)
     beliefs = Beliefs(config.belief_pages, config.belief_ttl_ms / 1e3)
     store = with_transfer(choose_store(config), config.transfer, layout, device)
     store = _with_options(store, config, metrics)
@@ -93,12 +93,13 @@ def build(server_args: Any, params: Any, components: Any, extra: Mapping[str, An
     )
 
 
-def _metrics(params: Any) -> Metrics:
+def _metrics(params: Any, layout: PageLayout) -> Metrics:
     if not params.enable_metrics:
         return Metrics()
     from ascend_direct.integration import prometheus
 
-    return prometheus.of_this_rank("HiRadixCacheDirect")
+    sizes = layout.page_size_tokens, layout.objects_per_page
+    return prometheus.of_this_rank("HiRadixCacheDirect", *sizes)
 
 
 def _with_options(store: PageStore, config: DirectConfig, metrics: Metrics) -> PageStore:

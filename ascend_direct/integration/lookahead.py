@@ -214,6 +214,11 @@ class LookAhead:
         readings = (one.reading for one in (*self._ahead.values(), *self._left))
         return sum(reading.slots.numel() for reading in readings if reading is not None)
 
+    @property
+    def held_requests(self) -> int:
+        """Requests that must not be scheduled yet."""
+        return len(self._ahead)
+
     def forget(self, rid: str) -> None:
         """The request has ended, or given its memory back; should it wait again, look again."""
         self._seen.discard(rid)
@@ -290,11 +295,11 @@ class LookAhead:
                 if answer != PENDING and self._is_next(cache, answer):
                     self._read(cache, one, answer)
                 elif not timely:
-                    self._leave(cache, one)
+                    self._give_up(cache, one)
             elif answer != PENDING:
                 self._finish(cache, one, landed=bool(answer))
             elif not timely and one not in self._left:
-                self._leave(cache, one)
+                self._give_up(cache, one)
 
     def _is_next(self, cache: Any, pages: int) -> bool:
         """Whether to go on now, and not when there is more room."""
@@ -359,6 +364,11 @@ class LookAhead:
             )
         )
         req.storage_hit_start, req.storage_hit_length = begin, slots.numel()
+        self._parts.metrics.add(load_tokens=slots.numel())
+
+    def _give_up(self, cache: Any, one: _Ahead) -> None:
+        self._parts.metrics.add(lookahead_given_up=1)
+        self._leave(cache, one)
 
     def _leave(self, cache: Any, one: _Ahead) -> None:
         """The request goes on without; slots stay ours until no rank's call can write to them."""

@@ -40,7 +40,7 @@ class HiRadixCacheDirect(UnifiedRadixCache):
     """`UnifiedRadixCache` linked to a pool by a `CacheControllerDirect`."""
 
     def __init__(self, params: Any) -> None:
-        self._late_stores: list[_LateStore] = []
+        self.late_stores: list[_LateStore] = []
         self._rounds = 0
         self._status_due_s = 0.0
         self._levels_due_s = 0.0
@@ -60,6 +60,7 @@ class HiRadixCacheDirect(UnifiedRadixCache):
         if cache_linker.look_ahead is not None:
             hooks.install_look_ahead(self, cache_linker.look_ahead)
         super().init_cache_linker(cache_linker)
+        cache_linker.metrics.join(self)
         config = cache_linker.config
         if cache_linker.decodes:
             hooks.install_decode(DecodeOffload(self, cache_linker))
@@ -73,6 +74,7 @@ class HiRadixCacheDirect(UnifiedRadixCache):
         loaded = super().init_load_back(params)
         if from_pool and loaded is not None and loaded[0] > 0:
             req.host_hit_is_storage = True
+            self.direct_controller.metrics.add(load_tokens=loaded[0])
         return loaded
 
     def finish_external_linker_loads(self, reqs: Any) -> Any:
@@ -108,20 +110,20 @@ class HiRadixCacheDirect(UnifiedRadixCache):
         node_id = pending[0].lock_node_id
         lock = self.inc_lock_ref(node_id).to_dec_params()
         returned = controller.engine.stores.surrender_head()
-        self._late_stores.append(_LateStore(node_id, lock, returned))
+        self.late_stores.append(_LateStore(node_id, lock, returned))
         logger.error("a store hangs in the pool; its node stays pinned until the call returns")
 
     def _release_late_stores(self, controller: CacheControllerDirect) -> None:
-        if not self._late_stores:
+        if not self.late_stores:
             return
-        flags = controller.ranks.smallest([int(s.returned.is_set()) for s in self._late_stores])
+        flags = controller.ranks.smallest([int(s.returned.is_set()) for s in self.late_stores])
         held = []
-        for store, quiet in zip(self._late_stores, flags, strict=True):
+        for store, quiet in zip(self.late_stores, flags, strict=True):
             if quiet:
                 self.dec_lock_ref(store.node_id, store.lock)
             else:
                 held.append(store)
-        self._late_stores = held
+        self.late_stores = held
 
     def protected_size(self) -> int:
         """Locked tokens and withheld ones: neither is free, neither can be evicted."""
@@ -151,7 +153,7 @@ class HiRadixCacheDirect(UnifiedRadixCache):
     def reset(self) -> None:
         """Flush the device cache; the pool keeps its pages."""
         super().reset()
-        self._late_stores = []
+        self.late_stores = []
 
     def _log_status(self, controller: CacheControllerDirect) -> None:
         interval_s = controller.config.log_interval_s

@@ -42,11 +42,24 @@ LINKER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker"
 _CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _ARGS = "sglang.srt.server_args.ServerArgs"
 _POOLS = "sglang.srt.mem_cache.device_pool_info"
+_COLLECTORS = "sglang.srt.observability.metrics_collector"
 _STAYS = "stays: public contract"
 _WEIGHTS = "page hashes carry the weight version"
 _PREFETCH = "SGLang asks linkers about waiting requests as it does HiCache"
 _DECODE = "SGLang's decode loop serves linkers as the prefill loop does"
 _POLICY = "the linker wrapper offers policy callbacks"
+# Of SGLang's collectors: symbol, its parameters, what it is needed for.
+_FED = (
+    ("radix_cache_metric_labels", ("cache_type", "parallel"), "labels of a rank's cache"),
+    ("resolve_collector_class", ("role", "default_cls"), "the user's collector, if there is one"),
+    ("RadixCacheMetricsCollector.increment_load_back_num_tokens", ("num_tokens", "pool"), "loads"),
+    ("RadixCacheMetricsCollector.increment_load_back_num_bytes", ("num_bytes",), "loads"),
+    ("RadixCacheMetricsCollector.observe_load_back_duration", ("duration_seconds",), "loads"),
+    ("StorageMetrics", ("prefetch_pgs", "backup_pgs"), "loads and stores"),
+    ("StorageMetricsCollector.log_storage_metrics", ("storage_metrics",), "loads and stores"),
+    ("StorageMetricsCollector.log_prefetched_tokens", ("prefetched_tokens",), "loads"),
+    ("StorageMetricsCollector.log_backuped_tokens", ("backuped_tokens",), "stores"),
+)
 
 SEAMS = (
     Seam(
@@ -242,6 +255,16 @@ SEAMS = (
         "read",
         "warmed up at start: its first call compiles",
         "SGLang warms it up",
+    ),
+    *(
+        Seam(
+            f"{_COLLECTORS}.{name}",
+            parameters,
+            "read",
+            f"--enable-metrics only: {why}",
+            "SGLang counts what linkers move",
+        )
+        for name, parameters, why in _FED
     ),
     Seam(f"{_POOLS}.MHABufferInfo", (), "read", "page layout of GQA pools", _STAYS),
     Seam(f"{_POOLS}.MLABufferInfo", (), "read", "page layout of MLA pools", _STAYS),

@@ -184,13 +184,16 @@ class TransferEngine:
         write to pages that were given to this load since it was launched.
         """
         if not self._load_breaker.allow(time.monotonic()):
+            self._metrics.add(loads_not_tried=1)
             return LoadOutcome(False)
         ticket = self._loading.call(
             lambda ticket: self._read(keys, pages, fence, ticket), self._limits.load_timeout_s
         )
         if ticket is None or not ticket.returned:
-            self._metrics.add(loads_late=1)
-            if ticket is None or ticket.began_s is not None:  # else it is the forward that is slow
+            if ticket is not None and ticket.began_s is None:
+                self._metrics.add(loads_fence_late=1)  # it is the forward that is slow
+            else:
+                self._metrics.add(**{"loads_late" if ticket else "loads_busy": 1})
                 self._note_failure(self._load_breaker, "load", f"{len(keys)} pages not in time")
             return LoadOutcome(False, late=ticket)
         return self.outcome(ticket, keys)
@@ -201,6 +204,7 @@ class TransferEngine:
         """`load` without waiting; `outcome` says what became of it once the ticket has returned.
         None while the pool is left alone."""
         if not self._load_breaker.allow(time.monotonic()):
+            self._metrics.add(loads_not_tried=1)
             return None
         return self._loading.submit(lambda ticket: self._read(keys, pages, fence, ticket))
 
@@ -225,7 +229,8 @@ class TransferEngine:
             k for k, s in zip(keys, statuses, strict=False) if s is not PageStatus.OK
         ) + tuple(keys[len(statuses) :])
         if bad:
-            self._metrics.add(loads_failed=1)
+            gone = {s for s in statuses if s is not PageStatus.OK} == {PageStatus.MISSING}
+            self._metrics.add(loads_failed=1, loads_missing=int(gone))
             logger.warning("load refused: %d of %d pages not delivered", len(bad), len(keys))
             suspect = (k for k, s in zip(keys, statuses, strict=False) if s in _SUSPECT)
             return LoadOutcome(False, bad_keys=bad, suspect_keys=tuple(suspect))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 
+import metrics_doc
 import pytest
 from sglang_cpu.client import SGLangClient
 from two_instances.cluster import Cluster
@@ -41,6 +42,8 @@ def test_a_pool_hit_shows_in_the_servers_metrics(
     got = b.generate(prompt, 1, return_cached_tokens_details=True)
     assert got.cached_tokens_details["storage"] == 640
     after = exported(b)
+    of_a = exported(a)
+    assert of_a["sglang:backuped_tokens_total"] >= 640
 
     def gain(name: str) -> float:
         return after[name] - before.get(name, 0.0)
@@ -49,4 +52,13 @@ def test_a_pool_hit_shows_in_the_servers_metrics(
     assert gain("ascend_direct_loads_total") == 1
     assert gain("ascend_direct_load_pages_total") == 640 // farm.page_size
     assert gain("ascend_direct_load_seconds_count") == 1
+    assert gain("ascend_direct_load_tokens_total") == 640
+    assert gain("sglang:load_back_tokens_total") == 640
+    assert gain("sglang:load_back_duration_seconds_count") == 1
+    assert gain("sglang:load_back_bytes_total") == gain("ascend_direct_load_bytes_total") > 0
+    assert gain("sglang:prefetch_pgs_sum") == gain("ascend_direct_load_pages_total")
+    assert gain("sglang:prefetch_bandwidth_count") == 1
     assert after["ascend_direct_pool_left_alone"] == 0
+    series = {name.partition("[")[0] for name in after | of_a}
+    missing = {name for name in metrics_doc.OF_SGLANG if not series & {name, f"{name}_sum"}}
+    assert not missing, "docs/metrics.md names them"

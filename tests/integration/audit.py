@@ -109,7 +109,7 @@ def _check_locks(instance: Instance) -> None:
     """The protected part of the tree is what requests, stores and late stores lock."""
     tree, size = instance.tree, instance.page_size
     nodes = [p.lock_node_id for p in tree.linker.pending_offloads]
-    nodes += [late.node_id for late in tree._late_stores]
+    nodes += [late.node_id for late in tree.late_stores]
     nodes += [one.node_id for one in _ahead(instance)]
     nodes += [s.req.lock.node for s in instance.requests if s.req.lock is not None]
     locked: set[int] = set()
@@ -129,7 +129,7 @@ def drain(instance: Instance, timeout_s: float = 20.0) -> None:
         instance.round()
         pending = (
             len(tree.linker.pending_offloads),
-            len(tree._late_stores),
+            len(tree.late_stores),
             instance.controller.quarantined_tokens + len(_ahead(instance)),
         )
         if not any(pending):

@@ -80,7 +80,7 @@ def fingerprint(instance: Instance) -> dict[str, Any]:
         "sizes": (tree.evictable_size(), tree.protected_size()),
         "markers": sorted(tree.linker.hit_markers),
         "pending stores": len(tree.linker.pending_offloads),
-        "late stores": len(tree._late_stores),
+        "late stores": len(tree.late_stores),
         "withheld": [held.slots.tolist() for held in instance.controller._quarantine],
         "requests": [(s.req.rid, s.phase.name, s.req.prefix_len) for s in instance.requests],
     }

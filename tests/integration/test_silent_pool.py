@@ -43,7 +43,7 @@ def test_many_requests_on_a_pool_that_never_answers_leave_nothing_behind(make) -
     assert b.tree.linker.hit_markers == {}
     assert len(b.controller._beliefs) == 0
     assert len(b.controller._suspects) == 0
-    assert len(b.tree._late_stores) <= 1
+    assert len(b.tree.late_stores) <= 1
     assert b.controller.quarantined_tokens <= 192, "one late load at most"
     assert b.store.counts["exists"].calls <= 3
     for fault in b.store.faults.values():

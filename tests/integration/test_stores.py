@@ -208,10 +208,10 @@ def test_a_flush_with_a_given_up_store_waits_for_it(make, core, shared) -> None:
     time.sleep(0.06)
     for _ in range(LATE_STORE_ROUNDS):
         a.round()
-    assert a.tree._late_stores
+    assert a.tree.late_stores
     threading.Timer(0.1, a.store.faults["put"].release).start()
     a.flush()
-    assert a.tree._late_stores == []
+    assert a.tree.late_stores == []
     audit(a)
     assert a.allocator.available_size() == a.allocator.size
     check_pool(a)
