@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from ascend_direct import __version__
-from ascend_direct.cli import doctor, meta, pool, pool_bench, pool_clear, pool_stats
+from ascend_direct.cli import doctor, meta, plan, pool, pool_bench, pool_clear, pool_stats
 from ascend_direct.cli.checks import installed
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ for command in (pool_clear.clear, pool_stats.stats, pool_stats.ls, pool_bench.be
 app.add_typer(pool.app, name="pool")
 app.command()(doctor.doctor)
 app.command()(meta.meta)
+app.command()(plan.plan)
 
 COMPANIONS = ("sglang", "memcache-hybrid", "torch", "torch-npu")
 
