@@ -69,6 +69,7 @@ class Costs:
         self._page_size = page_size
         self._admission = Admission()
         self._begin: Any = None
+        self._told_pages = 0
         self._under_way: deque[_Prefill] = deque()
 
     @property
@@ -109,8 +110,10 @@ class Costs:
             self._tell(self._admission.computed(tokens, seconds))
 
     def _tell(self, changed: bool) -> None:
-        if not changed:
+        pages = -(-self.least_tokens // self._page_size)
+        if not changed or pages == self._told_pages:
             return
+        self._told_pages = pages
         fixed_s, load_s = self._admission.loading.fit()
         _, compute_s = self._admission.computing.fit()
         logger.info(
