@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from scripts.sglang_cpu.install import TRITON_FOLDER
 from tests.multi_host import hosts
 
 
@@ -28,6 +31,12 @@ def _no_mooncake() -> str | None:
     return None
 
 
+def _no_triton() -> str | None:
+    if Path(sys.prefix, TRITON_FOLDER).is_dir():
+        return None
+    return "triton-ascend is not installed: scripts/sglang_cpu/install.py says why"
+
+
 # What a marker needs: why it is not to be had here, or None.
 PROBES: dict[str, Callable[[], str | None]] = {
     "npu": _lacks("torch_npu"),
@@ -35,6 +44,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "sglang": _lacks("sglang"),
     "netns": hosts.why_not,
     "pd": _no_mooncake,
+    "triton": _no_triton,
 }
 
 
@@ -42,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require",
         default="",
-        help="comma-separated needs (npu,memcache,sglang,netns,pd); a missing one fails, not skips",
+        help=f"comma-separated needs ({','.join(PROBES)}); a missing one fails, not skips",
     )
 
 

@@ -5,7 +5,7 @@
 """Makes the virtual environment in which SGLang 0.5.23 runs on a CPU, with this project in it.
 
 Owns the order of the steps, their resumption and the stamp that makes a second run instant. What is
-installed is decided by requirements.lock, stand_ins/ and mla_on_cpu/. Standard library only: it
+installed is decided by the two lock files, stand_ins/ and mla_on_cpu/. Standard library only: it
 runs before anything is installed. An interrupted run leaves no stamp; the next one goes on.
 """
 
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
 LOCK = HERE / "requirements.lock"
+# For the tests of the packing kernel, which run beside it: site-packages has a stand-in for Triton.
+TRITON_LOCK = HERE / "triton_ascend.lock"
+TRITON_FOLDER = "triton_ascend"  # in the environment
 LOCAL_PACKAGES = (
     *(HERE / "stand_ins" / name for name in ("triton", "torchvision", "sgl_kernel")),
     HERE / "mla_on_cpu",
@@ -73,13 +76,21 @@ class InstallError(RuntimeError):
     """The environment cannot be made; the message says why and what to do."""
 
 
+_TRITON_CHECK = """
+import sys
+sys.path.insert(0, {folder!r})
+import triton.backends.ascend.compiler, triton.runtime.interpreter
+assert triton.__version__ == "{version}", "this is triton " + triton.__version__
+"""
+
+
 class Step(NamedTuple):
     title: str
     run: Callable[[], None]
 
 
-def pins() -> dict[str, str]:
-    lines = (line.split("#")[0].strip() for line in LOCK.read_text().splitlines())
+def pins(lock: Path = LOCK) -> dict[str, str]:
+    lines = (line.split("#")[0].strip() for line in lock.read_text().splitlines())
     return dict(line.split("==", 1) for line in lines if line)
 
 
@@ -110,21 +121,28 @@ class Environment:
         self.wanted = {
             "environment": digest([LOCK, *LOCAL_PACKAGES], RECIPE_VERSION, version, str(venv)),
             "project": digest(project, RECIPE_VERSION, str(REPOSITORY)),
+            "triton": digest([TRITON_LOCK], RECIPE_VERSION, version, str(venv)),
         }
 
     def missing_parts(self) -> list[str]:
         """The parts that are not installed as wanted, in the order to install them."""
-        try:
-            stamp = json.loads(self._stamp.read_text())
-        except (OSError, ValueError):
-            stamp = {}
+        stamp = self._stamped()
         if not self.python.exists() or stamp.get("environment") != self.wanted["environment"]:
-            return ["environment", "project"]
-        return [] if stamp.get("project") == self.wanted["project"] else ["project"]
+            return list(self.wanted)
+        return [part for part, wanted in self.wanted.items() if stamp.get(part) != wanted]
 
-    def write_stamp(self, *parts: str) -> None:
+    def _stamped(self) -> dict[str, str]:
+        try:
+            stamp: dict[str, str] = json.loads(self._stamp.read_text())
+        except (OSError, ValueError):
+            return {}
+        return stamp
+
+    def write_stamp(self, part: str) -> None:
+        """Note that a part is installed as wanted."""
         partial = self._stamp.with_suffix(".partial")
-        partial.write_text(json.dumps({part: self.wanted[part] for part in parts}, indent=1) + "\n")
+        stamp = {**self._stamped(), part: self.wanted[part]}
+        partial.write_text(json.dumps(stamp, indent=1) + "\n")
         partial.replace(self._stamp)
 
     def remove_stamp(self) -> None:
@@ -249,7 +267,11 @@ class Installer:
                 Step("bytecode", self._compile),
                 Step("check", self._check),
             ]
-        return [*steps, Step("this project", self._install_project)]
+        if "project" in parts:
+            steps.append(Step("this project", self._install_project))
+        if "triton" in parts:
+            steps.append(Step("triton-ascend, for tests of the kernel", self._install_triton))
+        return steps
 
     def _pip(self, *arguments: str) -> None:
         self._run([str(self._env.python), "-m", "pip", "install", "--no-compile", *arguments])
@@ -301,7 +323,23 @@ class Installer:
                 "the rest of the environment is complete.\nWhat to do: use a whole clone"
             )
         self._pip("--no-deps", "--no-build-isolation", "-e", str(REPOSITORY))
-        self._env.write_stamp("environment", "project")
+        self._env.write_stamp("project")
+
+    def _install_triton(self) -> None:
+        """Without it all else works; its tests say that it is missing, and the next run tries."""
+        folder = self._env.venv / TRITON_FOLDER
+        shutil.rmtree(folder, ignore_errors=True)
+        code = _TRITON_CHECK.format(folder=str(folder), version=pins(TRITON_LOCK)["triton-ascend"])
+        try:
+            # Retries: where there is no network, each run would wait for all of them.
+            options = ("--no-deps", "--retries", "1", "--target", str(folder))
+            self._pip(*options, "-r", str(TRITON_LOCK))
+            self._run([str(self._env.python), "-c", code])
+        except InstallError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            print(f"      left out: {error}", flush=True)
+        else:
+            self._env.write_stamp("triton")
 
 
 def _loads(library: str) -> bool:

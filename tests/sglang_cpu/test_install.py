@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from scripts.sglang_cpu import install
-from scripts.sglang_cpu.install import Environment, InstallError, Runner, check_machine, pins
+from scripts.sglang_cpu.install import (
+    Environment,
+    Installer,
+    InstallError,
+    Runner,
+    check_machine,
+    pins,
+)
 
 pytestmark = pytest.mark.skipif(
     sys.version_info[:2] != install.PYTHON, reason="the recipe is for Python 3.11"
@@ -36,26 +43,55 @@ def add_package(site_packages: Path, name: str, *, size: int) -> Path:
     return metadata
 
 
+def stamp_all(environment: Environment) -> None:
+    for part in environment.wanted:
+        environment.write_stamp(part)
+
+
 def test_everything_is_pinned_and_torch_can_be_replaced_by_nothing() -> None:
-    lines = install.LOCK.read_text().splitlines()
-    assert all("==" in line for line in lines if line and not line.startswith("#"))
+    for lock in (install.LOCK, install.TRITON_LOCK):
+        lines = lock.read_text().splitlines()
+        assert all("==" in line for line in lines if line and not line.startswith("#"))
     assert pins()["torch"] == "2.13.0"
     assert pins()["sglang"] == "0.5.23"
     assert not {"triton", "torchvision", "sglang-kernel"} & pins().keys()
 
 
 def test_a_stamped_environment_needs_nothing(environment: Environment) -> None:
-    assert environment.missing_parts() == ["environment", "project"]
-    environment.write_stamp("environment")
-    assert environment.missing_parts() == ["project"]
-    environment.write_stamp("environment", "project")
+    parts = ["environment", "project", "triton"]
+    for done in range(len(parts)):
+        assert environment.missing_parts() == parts[done:]
+        environment.write_stamp(parts[done])
     assert environment.missing_parts() == []
 
 
 def test_another_lock_or_stand_in_needs_everything(environment: Environment) -> None:
-    environment.write_stamp("environment", "project")
+    stamp_all(environment)
     environment.wanted["environment"] = "another"
-    assert environment.missing_parts() == ["environment", "project"]
+    assert environment.missing_parts() == ["environment", "project", "triton"]
+
+
+def test_another_triton_needs_only_that(environment: Environment) -> None:
+    stamp_all(environment)
+    environment.wanted["triton"] = "another"
+    assert environment.missing_parts() == ["triton"]
+
+
+def test_a_triton_that_cannot_be_had_is_left_out_and_tried_again(
+    environment: Environment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It serves tests only: a demo must not fail for it."""
+    stamp_all(environment)
+    environment.wanted["triton"] = "another"
+    environment.python.write_text("#!/bin/sh\necho No matching distribution found; exit 1\n")
+    environment.python.chmod(0o700)
+    (step,) = Installer(environment, verbose=False).steps(environment.missing_parts())
+    step.run()
+    said = capsys.readouterr().out
+    assert "left out" in said
+    assert "pip's index lacks this version" in said
+    assert environment.missing_parts() == ["triton"]
+    assert not (environment.venv / install.TRITON_FOLDER).exists()
 
 
 def test_the_digest_sees_each_source_but_no_build_output(tmp_path: Path) -> None:
