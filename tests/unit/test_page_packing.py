@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The ascend_direct authors
 
-"""The packers against the torch reference, bit by bit. The Triton kernel: tests/kernels."""
+"""The C++ packer against the torch reference, bit by bit; how pages become launches of the Triton
+kernel, and that they end. The kernel itself: tests/kernels/test_copy_fragments.py."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import importlib.util
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,21 +23,12 @@ from hypothesis import strategies as st
 from ascend_direct.errors import ConfigError
 from ascend_direct.store import page_packer
 from ascend_direct.store.base import PageBatch
-from ascend_direct.store.device_page_packer import runs
+from ascend_direct.store.device_page_packer import Accelerator, DeviceBlock, runs
 from ascend_direct.store.page_packer import HostBlock
+from kernels.page_packing import reference
 from tests.contract.store_contract import Arena
 
-KERNELS = Path(__file__).resolve().parents[2] / "kernels" / "page_packing"
 lengths_of_fragments = st.lists(st.sampled_from([1, 3, 64, 257, 4096]), min_size=1, max_size=9)
-
-
-def reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("page_packing", KERNELS / "reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @settings(max_examples=60, deadline=None)
@@ -47,13 +42,13 @@ def test_the_native_packer_agrees_with_the_reference_both_ways(
     count: int, lengths: list[int], threads: int, seed: int
 ) -> None:
     rng, arena = np.random.default_rng(seed), Arena()
-    pages, torch_reference = arena.place(count, lengths, rng), reference()
+    pages = arena.place(count, lengths, rng)
     arena.scramble(rng)
     starts = torch.from_numpy(pages.addresses - arena.address)
     block = HostBlock(count * pages.page_bytes + 64, threads)
     block.bytes[:] = 0xA5
     block.pack(pages)
-    expected = torch_reference.pack(torch.from_numpy(arena.bytes), starts, lengths)
+    expected = reference.pack(torch.from_numpy(arena.bytes), starts, lengths)
     assert block.bytes[:-64].tobytes() == expected.numpy().tobytes()
     assert set(block.bytes[-64:].tolist()) == {0xA5}, "written past the pages"
 
@@ -61,7 +56,7 @@ def test_the_native_packer_agrees_with_the_reference_both_ways(
     rows = sorted(rng.permutation(count)[: rng.integers(0, count + 1)].tolist())
     memory = torch.from_numpy(arena.bytes.copy())
     packed = torch.from_numpy(block.bytes[:-64].reshape(count, -1))
-    torch_reference.unpack(packed[rows], memory, starts[rows], lengths)
+    reference.unpack(packed[rows], memory, starts[rows], lengths)
     block.unpack(pages, rows)
     assert arena.bytes.tobytes() == memory.numpy().tobytes()
 
@@ -133,3 +128,69 @@ def test_runs_hold_every_fragment_once_and_tell_where_it_lies(
             told = batch.addresses[:, run.first] + i * run.step_bytes
             assert told.tolist() == batch.addresses[:, run.first + i].tolist()
     assert seen == list(range(len(lengths)))
+
+
+# --- a device that is behind
+
+
+class LateDevice:
+    """A device, as torch's module for it, whose one stream works when it is waited for."""
+
+    def __init__(self) -> None:
+        self.todo: list[str] = []
+        self.done: list[str] = []
+
+    def Stream(self, device: torch.device) -> LateDevice:
+        return self
+
+    def synchronize(self) -> None:
+        self.done += self.todo
+        self.todo.clear()
+
+    def device(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def stream(self, stream: LateDevice) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def get_device_properties(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(multi_processor_count=1)
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        """As a kernel that has no binary for its second launch."""
+        return self._launch
+
+    def _launch(self, *arguments: Any, **options: Any) -> None:
+        if self.todo:
+            raise RuntimeError("no binary")
+        self.todo.append("launch")
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> LateDevice:
+    late, zeros = LateDevice(), torch.zeros
+
+    def zeroed(*shape: int, **options: Any) -> torch.Tensor:
+        late.todo.append("zeros")
+        return zeros(*shape, **options)
+
+    kernel = SimpleNamespace(copy_fragments=late)
+    monkeypatch.setitem(sys.modules, "ascend_direct.store.copy_fragments", kernel)
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: late)
+    monkeypatch.setattr(torch, "zeros", zeroed)
+    return late
+
+
+def test_a_new_block_is_zero_before_anything_is_packed(device: LateDevice) -> None:
+    DeviceBlock(64, Accelerator("cpu", 0))
+    assert device.done == ["zeros"]
+
+
+def test_a_call_that_fails_half_way_has_ended_when_it_returns(device: LateDevice) -> None:
+    """The pages are SGLang's again at once: a launch that is behind would write into others."""
+    block = DeviceBlock(64, Accelerator("cpu", 0))
+    two_runs = PageBatch(addresses([4096, 8192]), (4, 8))
+    with pytest.raises(RuntimeError, match="no binary"):
+        block.unpack(two_runs, [0])
+    assert device.done == ["zeros", "launch"]
+    assert device.todo == []
