@@ -139,7 +139,8 @@ class CacheControllerDirect(UnifiedCacheLinker):
             floor = max(floor, self.costs.floor_pages(rid))
             self.metrics.add(hits_not_worth=int(hit < floor))
         self.metrics.add(lookup_hit_pages=hit if hit >= floor else 0)
-        return list(range(floor, hit + 1))
+        # SGLang sets a flag for each length, to intersect ranks: one rank needs the longest only.
+        return [hit] if self.ranks.alone and hit >= floor else list(range(floor, hit + 1))
 
     def _ask(self, keys: Sequence[str]) -> int:
         if not self.engine.may_load:

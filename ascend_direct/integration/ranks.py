@@ -35,6 +35,11 @@ class RankGroup:
         """From SGLang's `CacheInitParams`."""
         return cls(params.attn_cp_cache_group, params.attn_tp_cache_group, params.tp_cache_group)
 
+    @property
+    def alone(self) -> bool:
+        """Whether this is the only rank."""
+        return not self._groups
+
     def smallest(self, values: Sequence[int]) -> list[int]:
         """Element-wise minimum over the ranks; on flags, "true on all ranks"."""
         if not self._groups:
