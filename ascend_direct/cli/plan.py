@@ -130,33 +130,11 @@ def _planned(given: dict[str, Any]) -> dict[str, Any]:
     """
     shape = read_shape(given["model_config"])
     counts = _counts(given["instances"])
-    rank_bytes = shape.rank_kv_bytes_per_token(given["tp"])
-    wire_bytes = cost_lines.wire_bytes_per_token(shape, given["tp"], given["hardware"].value)
-    costs = cost_lines.table_costs(shape, given["tp"], given["hardware"].value)
-    if given["costs"] is not None:
-        costs = cost_lines.read_costs(given["costs"], costs, rank_bytes, wire_bytes)
-    trace = _trace(given)
-    fleet = Fleet(
-        instances=1,
-        device_tokens=_device_tokens(given, shape, rank_bytes),
-        pool_tokens=_bytes("--pool-size", given["pool_size"]) // shape.kv_bytes_per_token,
-        min_load_tokens=given["min_load_tokens"],
-        batch_tokens=given["batch_tokens"],
-        policy=given["routing"].value,
-    )
-    _check_lengths(trace, fleet)
-    question = forecast.Question(
-        trace,
-        fleet,
-        costs,
-        shape.kv_bytes_per_token,
-        wire_bytes,
-        scaled=given["traffic"] is Traffic.EACH,
-        most_requests=MOST_REQUESTS,
-    )
+    question = _question(given, shape)
+    fleet = question.fleet
     return {
-        "model": _model(shape, given["tp"], rank_bytes),
-        "trace": _about(trace),
+        "model": _model(shape, given["tp"]),
+        "trace": _about(question.trace),
         "fleet": {
             "hardware": given["hardware"].value,
             "tp": given["tp"],
@@ -165,13 +143,41 @@ def _planned(given: dict[str, Any]) -> dict[str, Any]:
             "routing": fleet.policy,
             "traffic": given["traffic"].value,
         },
-        "costs": costs.model_dump(),
+        "costs": question.costs.model_dump(),
         "break_even": forecast.break_even(question),
         "pool_sizes": forecast.pool_sizes(question),
         "rows": list(forecast.rows(question, counts)),
         "validation": validation.record(),
         "validated": validation.sentence(validation.record()),
     }
+
+
+def _question(given: dict[str, Any], shape: ModelShape) -> forecast.Question:
+    tp_size, hardware = given["tp"], given["hardware"].value
+    rank_bytes = shape.rank_kv_bytes_per_token(tp_size)
+    wire_bytes = cost_lines.wire_bytes_per_token(shape, tp_size, hardware)
+    costs = cost_lines.table_costs(shape, tp_size, hardware)
+    if given["costs"] is not None:
+        costs = cost_lines.read_costs(given["costs"], costs, rank_bytes, wire_bytes)
+    fleet = Fleet(
+        instances=1,
+        device_tokens=_device_tokens(given, shape, rank_bytes),
+        pool_tokens=_bytes("--pool-size", given["pool_size"]) // shape.kv_bytes_per_token,
+        min_load_tokens=given["min_load_tokens"],
+        batch_tokens=given["batch_tokens"],
+        policy=given["routing"].value,
+    )
+    trace = _trace(given)
+    _check_lengths(trace, fleet)
+    return forecast.Question(
+        trace,
+        fleet,
+        costs,
+        shape.kv_bytes_per_token,
+        wire_bytes,
+        scaled=given["traffic"] is Traffic.EACH,
+        most_requests=MOST_REQUESTS,
+    )
 
 
 def _counts(text: str) -> list[int]:
@@ -215,14 +221,14 @@ def _check_lengths(trace: Trace, fleet: Fleet) -> None:
         raise ConfigError([f"{why}: raise --tp or --device-tokens, or cut the trace."])
 
 
-def _model(shape: ModelShape, tp: int, rank_bytes: int) -> dict[str, Any]:
+def _model(shape: ModelShape, tp: int) -> dict[str, Any]:
     return {
         "name": shape.name,
         "attention": "MLA" if shape.is_mla else "GQA",
         "weights": shape.weights,
         "active_weights": shape.active_weights,
         "kv_bytes_per_token": shape.kv_bytes_per_token,
-        "rank_kv_bytes_per_token": rank_bytes,
+        "rank_kv_bytes_per_token": shape.rank_kv_bytes_per_token(tp),
         "tp": tp,
     }
 

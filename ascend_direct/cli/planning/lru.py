@@ -9,6 +9,7 @@ up the ends of prefixes first, MemCache what was read or written longest ago.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 
@@ -27,9 +28,8 @@ class Lru:
         self.peak_tokens = 0
         self.evicted_tokens = 0
         self._evict_to_tokens = capacity_tokens if evict_to_tokens is None else evict_to_tokens
-        # A dict keeps insertion order, and taking out and putting back is faster than an
-        # OrderedDict's move_to_end.
-        self.held: dict[int, int] = {}
+        # A plain dict would look through all that was taken out for its oldest entry.
+        self.held: OrderedDict[int, int] = OrderedDict()
 
     def matched(self, units: Sequence[int], start: int = 0) -> int:
         """Where the run of units that are held ends."""
@@ -43,12 +43,13 @@ class Lru:
         """Units become the most recently used, in this order, and are added where they are not
         held. Tokens added; room is made by `make_room`."""
         held, added = self.held, 0
+        to_end = held.move_to_end
         for unit in units:
-            tokens = held.pop(unit, 0)
-            if not tokens:
-                tokens = unit_tokens
-                added += tokens
-            held[unit] = tokens
+            if unit in held:
+                to_end(unit)
+            else:
+                held[unit] = unit_tokens
+                added += unit_tokens
         self.used_tokens += added
         return added
 
@@ -59,16 +60,9 @@ class Lru:
     def make_room(self) -> None:
         """Give up units until what is held fits."""
         if self.used_tokens > self.capacity_tokens:
-            held, used = self.held, self.used_tokens
-            limit = self._evict_to_tokens
-            gone = []
-            for unit, tokens in held.items():
-                if used <= limit:
-                    break
-                gone.append(unit)
-                used -= tokens
-            for unit in gone:
-                del held[unit]
+            oldest, used = self.held.popitem, self.used_tokens
+            while used > self._evict_to_tokens:
+                used -= oldest(last=False)[1]
             self.evicted_tokens += self.used_tokens - used
             self.used_tokens = used
         self.peak_tokens = max(self.peak_tokens, self.used_tokens)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The ascend_direct authors
+
+"""A trace sent to two real servers, turn about, each request when it is due.
+
+Owns the tokens behind a trace's units, the clock and what is noted of each answer.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import NamedTuple
+
+from sglang_cpu.client import SGLangClient
+from two_instances.run import FIRST_TOKEN, LAST_TOKEN
+
+from ascend_direct.cli.planning.traces import Request, Trace
+from measured_plan.calibrate import ask, probe
+
+# Requests that may wait for an answer at a time; more would mean that the servers are far behind.
+MOST_WAITING = 64
+
+
+class Answered(NamedTuple):
+    """What one request found, and seconds from when it was due to its first token."""
+
+    device_tokens: int
+    loaded_tokens: int
+    ttft_s: float
+    sent_late_s: float
+
+
+def prompt_of(request: Request, unit_tokens: int, number: int) -> list[int]:
+    """Tokens of a prompt: those of a unit depend on its name, the rest on the request's number."""
+    tokens: list[int] = []
+    for unit in request.units:
+        tokens += _random_tokens(f"unit {unit}", unit_tokens)
+    return tokens + _random_tokens(f"rest {number}", request.prompt_tokens - len(tokens))
+
+
+def _random_tokens(seed: str, count: int) -> list[int]:
+    source = random.Random(seed)
+    return [source.randint(FIRST_TOKEN, LAST_TOKEN) for _ in range(count)]
+
+
+def at_pace(trace: Trace, factor: float) -> Trace:
+    """The same requests, `factor` times as far apart."""
+    first_s = trace.requests[0].arrival_s
+    moved = [r._replace(arrival_s=(r.arrival_s - first_s) * factor) for r in trace.requests]
+    return replace(trace, requests=moved)
+
+
+def open_loop(
+    trace: Trace, servers: Sequence[SGLangClient], say: Callable[[str], None]
+) -> list[Answered]:
+    """Send each request when it is due, to the servers in turn, whether others wait or not."""
+    prompts = [prompt_of(r, trace.unit_tokens, i) for i, r in enumerate(trace.requests)]
+    begin_s = time.perf_counter() + 0.5
+
+    def send(number: int) -> Answered:
+        due_s = begin_s + trace.requests[number].arrival_s
+        late_s = time.perf_counter() - due_s
+        got = probe("replay", ask(servers[number % len(servers)], prompts[number]))
+        return Answered(got.device_tokens, got.loaded_tokens, got.ttft_s + late_s, late_s)
+
+    with ThreadPoolExecutor(MOST_WAITING) as pool:
+        answers = []
+        for number, request in enumerate(trace.requests):
+            time.sleep(max(0.0, begin_s + request.arrival_s - time.perf_counter()))
+            answers.append(pool.submit(send, number))
+            if number % 20 == 0:
+                say(f"request {number + 1} of {len(prompts)}")
+        return [answer.result() for answer in answers]
+
+
+def one_by_one(
+    trace: Trace, servers: Sequence[SGLangClient], settle: Callable[[], None]
+) -> list[Answered]:
+    """Each request when the one before has been answered and stored: hits without any race."""
+    found = []
+    for number, request in enumerate(trace.requests):
+        prompt = prompt_of(request, trace.unit_tokens, number)
+        got = probe("replay", ask(servers[number % len(servers)], prompt))
+        settle()
+        found.append(Answered(got.device_tokens, got.loaded_tokens, got.ttft_s, 0.0))
+    return found
