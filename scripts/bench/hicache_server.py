@@ -5,10 +5,11 @@
 
 SGLang 0.5.23 has no host <-> device copy operators for the CPU (they are in sgl_kernel), pins host
 memory through CUDA, waits on streams, of which torch.cpu has a stand-in without `synchronize`, and
-leaves 10 GiB of host memory alone, which a small machine may not have. Owns these four things. The
-copies are those of `--hicache-io-backend direct` with the layout `page_first_direct`: one torch
-copy per layer, part and run of neighbouring pages, straight from the source to its place, with
-nothing in between: HiCache must not look slow through us.
+leaves 10 GiB of host memory alone, which a small machine may not have. With a Mooncake process that
+stores for it, it registers K and V of its host memory one by one, where Mooncake knows one buffer,
+and gives up. Owns these five things. The copies are those of `--hicache-io-backend direct` with the
+layout `page_first_direct`: one torch copy per layer, part and run of neighbouring pages, straight
+from the source to its place, with nothing in between: HiCache must not look slow through us.
 
 SGLang's scheduler is a spawned process: it imports this module again, so the top level acts there.
 """
@@ -91,9 +92,15 @@ def _synchronize(stream: Any) -> None:
     """Nothing runs behind the caller's back on a CPU."""
 
 
+def _host_buffers(host_pool: Any) -> list[torch.Tensor]:
+    """What Mooncake has mapped: the whole buffer, of which K and V are the halves."""
+    return [host_pool.kv_buffer]
+
+
 def supply() -> None:
     """Put what is missing where SGLang looks for it."""
     from sglang.srt.mem_cache.pool_host import base, common, mha, mla
+    from sglang.srt.mem_cache.storage.mooncake_store.mooncake_store import MooncakeStore
 
     operators = (transfer_kv_per_layer_direct_pf_lf, transfer_kv_all_layer_direct_lf_pf)
     for operator in operators:
@@ -102,6 +109,7 @@ def supply() -> None:
     common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate
     base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0
     torch.cpu.Stream.synchronize = _synchronize
+    MooncakeStore._iter_host_pool_buffers = staticmethod(_host_buffers)
 
 
 if __name__ in ("__main__", "__mp_main__"):

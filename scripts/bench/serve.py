@@ -36,7 +36,7 @@ from bench.serve_cases import (
     missed,
     run_turn,
 )
-from bench.serve_systems import SYSTEMS, Running, stop_all
+from bench.serve_systems import DEFAULT, SYSTEMS, Running, stop_all
 
 ROOT = Path(__file__).resolve().parents[2]
 # Tokens of device cache: a burst of whole prompts, twice, so that what is asked again is there.
@@ -51,34 +51,40 @@ compared for; every later answer is compared too.
 "within" asks the server that computed the prefix, "cross" another one of the same system, which
 can have it only from the pool. Systems without a pool have one server and no "cross"."""
 EPILOG = """\
-systems:
-%s
+systems (* measured by default; "all" means each of them):
+{systems}
 
 The model and the prompt are chosen so that computing the prompt dominates: without a cache, at
 3,500 tokens, some 1.5-2 s of it on a quiet core. SGLang's attention for the CPU goes over the
-whole prompt even when its KV is there, so an L1 hit costs 20-30 %% of that: it is the floor that
+whole prompt even when its KV is there, so an L1 hit costs 20-30 % of that: it is the floor that
 any cache is measured against. MemCache runs on the driver emulation: the figures say what the
-systems add to each other on the same pool, never how fast an NPU is.
+systems add to each other on one machine, never how fast an NPU is. Both kinds of pool are a
+process that is no server, and hand pages over through shared memory.
 
 HiCache runs with write_through and wait_complete: with its other policies a request that comes at
 once misses what was just computed, or starts before its pages are there, and recomputes them. Its
 host <-> device copies on a CPU are ours (scripts/bench/hicache_server.py), one torch copy each.
 
-Ctrl-C keeps what was measured and reports it; --resume goes on. Expect 8 servers of about 1.5 GiB,
-2 minutes of start-up per model, and about 1.5 minutes per round and model."""
+Ctrl-C keeps what was measured and reports it; --resume goes on. Expect {servers} servers of about
+1.5 GiB, 1 GiB more per pool, 2 minutes of start-up per model, and about 1.5 minutes per round and
+model."""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Options of scripts/bench/serve."""
-    names = "\n".join(f"  {name:<9} {system.title}" for name, system in SYSTEMS.items())
+    systems = "\n".join(
+        f"{'*' if name in DEFAULT else ' ':>3} {name:<17} {system.title}"
+        for name, system in SYSTEMS.items()
+    )
+    servers = sum(SYSTEMS[name].servers for name in DEFAULT)
     parser = argparse.ArgumentParser(
         prog="scripts/bench/serve",
         description=DESCRIPTION,
-        epilog=EPILOG % names,
+        epilog=EPILOG.format(systems=systems, servers=servers),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add, every = parser.add_argument, list(SYSTEMS)
-    add("--systems", nargs="+", choices=every, default=every, metavar="NAME", help="see below")
+    add, names = parser.add_argument, [*SYSTEMS, "all"]
+    add("--systems", nargs="+", choices=names, default=DEFAULT, metavar="NAME", help="see below")
     add("--models", nargs="+", choices=("gqa", "mla"), default=["gqa", "mla"], help="architectures")
     add("--size", choices=("tiny", "demo"), default="demo", help="of the models (demo)")
     add("--reuse", nargs="+", type=int, default=[0, 50, 100], help="percent (0 50 100)")
@@ -92,7 +98,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--page-size", type=int, default=128, help="tokens per page, 128 as on an NPU")
     add("--resume", action="store_true", help="go on with the samples in --out")
     add("--out", type=Path, default=ROOT / ".demo" / "serve", help="folder of results")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if "all" in options.systems:
+        options.systems = list(SYSTEMS)
+    return options
 
 
 class Recorder:

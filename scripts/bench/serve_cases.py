@@ -120,6 +120,8 @@ class Workload:
 
 def run_turn(turn: Turn, running: Running, work: Workload) -> list[Sample]:
     """Send everything; afterwards the servers' device caches are as empty as before."""
+    if running.pool is not None:
+        running.pool.make_room()
     driver = _Driver(turn, running, work)
     samples = driver.trace() if turn.case == "trace" else driver.reuse()
     for server in running.servers:
@@ -159,15 +161,18 @@ class _Driver:
         yield self._send("within", 0, whole)
         if not reuse:
             return
-        self._settle(before, len(whole))
+        self._settle(before, len(whole), self._work.prompt_tokens)
         prefix = self._work.prefix_tokens(reuse)
         for offset, place in enumerate(("cross", "within"), 1):
             if place not in self._places:
                 continue
             ends = self._prompts(stream + offset * 101, self._work.prompt_tokens - prefix)
             again = [w[:prefix] + e for w, e in zip(whole, ends, strict=True)]
+            before = self._running.stored_keys()
             yield self._send(place, reuse, again)
-            self._settle(before, 0)  # what was just computed is written back, not while we measure
+            # What was just computed is written back, not while we measure.
+            reused = self._work.reusable_tokens(reuse)
+            self._settle(before, len(whole), self._work.prompt_tokens - reused)
 
     def trace(self) -> list[Sample]:
         """A conversation that grows to a whole prompt; "cross": its turns alternate over servers.
@@ -216,12 +221,18 @@ class _Driver:
             outputs=[list(a.output_ids) for a in answers],
         )
 
-    def _settle(self, before: int, prompts: int, tokens: int | None = None) -> None:
-        """Wait until what was computed is in the pool: its count has grown and stands still."""
+    def _settle(self, before: int, prompts: int, tokens: int) -> None:
+        """Wait until what was computed is in the pool: its count has grown and stands still.
+
+        Args:
+            before: objects in the pool before the request.
+            tokens: of each prompt, that were computed.
+        """
         if not self._running.system.shares:
             return
-        pages = (tokens or self._work.prompt_tokens) // self._work.page_size
-        wanted = before + prompts * (pages - 1)
+        objects = 2 if self._running.system.splits_kv and self._turn.model == "gqa" else 1
+        pages = max(tokens // self._work.page_size - 1, 0)
+        wanted = before + prompts * pages * objects
         held, since = -1, time.monotonic()
         deadline_s = since + SETTLE_TIMEOUT_S
         while time.monotonic() < deadline_s:

@@ -3,12 +3,13 @@
 
 """From samples to a report: medians, spread, ratios against the goals, and pictures.
 
-Ratios are taken within rounds and their median is shown: what slows the machine for a round slows
-both sides of its ratios.
+Ratios are taken within rounds, and their median and middle half are shown: what slows the machine
+for a round slows both sides of its ratios.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,15 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.serve_cases import Sample
+from bench.serve_cases import Sample, Workload
 
 COLOURS = {
     "none": "#c8c8c8",
     "l1": "#4c78a8",
     "hicache": "#f58518",
+    "hicache-mooncake": "#b85c00",
     "ours": "#54a24b",
     "ours-lookahead": "#88d27a",
+    "ours-packed": "#2c6b2f",
 }
+RIVALS = {"hicache": "HiCache", "hicache-mooncake": "HiCache on Mooncake"}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -58,16 +62,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Goal:
-    """A line of the goals' table; `value` is None where it was not measured."""
+    """A line of the goals' table; `value` and `limit` are None where they were not measured.
+
+    Attributes:
+        by_round: what `value` is the median of; empty where it is no median.
+    """
 
     text: str
-    limit: float
+    limit: float | None
     value: float | None
     at_least: bool = False
+    by_round: Sequence[float] = ()
 
     @property
     def met(self) -> bool | None:
-        if self.value is None:
+        if self.value is None or self.limit is None:
             return None
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
@@ -95,13 +104,11 @@ class Figures:
         """Median of each round."""
         return {n: statistics.median(v) for n, v in self._by_round.get(cell, {}).items()}
 
-    def over_rounds(self, of: Callable[..., float], *cells: Cell) -> float | None:
-        """Median over the rounds that have all cells of `of(their medians)`."""
+    def over_rounds(self, of: Callable[..., float], *cells: Cell) -> list[float]:
+        """`of(their medians)` in each round that has all cells."""
         by_round = [self.rounds(cell) for cell in cells]
         common = sorted(set.intersection(*(set(rounds) for rounds in by_round)))
-        if not common:
-            return None
-        return statistics.median(of(*(rounds[n] for rounds in by_round)) for n in common)
+        return [of(*(rounds[n] for rounds in by_round)) for n in common]
 
 
 def single(model: str, system: str, where: str, reuse: int) -> Cell:
@@ -116,27 +123,39 @@ def goals(figures: Figures, ours: str) -> list[Goal]:
         for reuse, limit in ((100, 1.10), (50, 1.03)):
             found += _hit_goals(figures, model, ours, reuse, limit)
         cold = [single(model, name, "within", 0) for name in (ours, "l1")]
-        ratio = figures.over_rounds(lambda a, b: a / b, *cold)
-        found.append(Goal(f"{model}, 0 % reuse: TTFT ours ÷ plugin off", 1.02, ratio))
+        ratios = figures.over_rounds(lambda a, b: a / b, *cold)
+        found.append(_goal(f"{model}, 0 % reuse: TTFT ours ÷ plugin off", 1.02, ratios))
     return found
+
+
+def _goal(
+    text: str, limit: float | None, by_round: Sequence[float], at_least: bool = False
+) -> Goal:
+    return Goal(text, limit, _median(by_round), at_least, by_round)
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _hit_goals(figures: Figures, model: str, ours: str, reuse: int, limit: float) -> Iterator[Goal]:
     hit = single(model, ours, "cross", reuse)
     l1 = single(model, "l1", "within", reuse)
     cold = single(model, "none", "within", 0)
-    rival = single(model, "hicache", "cross", reuse)
     where = f"{model}, {reuse} % reuse: "
-    ratio = figures.over_rounds(lambda a, b: a / b, hit, l1)
-    yield Goal(f"{where}TTFT of a pool hit ÷ L1 hit", limit, ratio)
-    cut = figures.over_rounds(lambda a, b: 100 * (1 - a / b), hit, cold)
-    best = figures.over_rounds(lambda a, b: 100 * (1 - a / b), l1, cold)
+    ratios = figures.over_rounds(lambda a, b: a / b, hit, l1)
+    yield _goal(f"{where}TTFT of a pool hit ÷ L1 hit", limit, ratios)
+    cut = figures.over_rounds(lambda a, b, _: 100 * (1 - a / b), hit, cold, l1)
+    best = _median(figures.over_rounds(lambda _, b, c: 100 * (1 - c / b), hit, cold, l1))
     text = f"{where}TTFT cut vs no cache, % (an L1 hit's less 1)"
-    yield Goal(text, (best or 0) - 1, None if best is None else cut, at_least=True)
-    added = figures.over_rounds(lambda a, b: a - b, hit, l1)
-    theirs = figures.over_rounds(lambda a, b: a - b, rival, l1)
-    share = None if added is None or not theirs else added / theirs
-    yield Goal(f"{where}what a pool hit adds to an L1 hit, ours ÷ HiCache", 0.5, share)
+    yield _goal(text, None if best is None else best - 1, cut, at_least=True)
+    for system, name in RIVALS.items():
+        cells = (hit, single(model, system, "cross", reuse), l1)
+        added = _median(figures.over_rounds(lambda a, _, c: a - c, *cells))
+        theirs = _median(figures.over_rounds(lambda _, b, c: b - c, *cells))
+        # Of medians: in a single round, noise can make what a rival adds nothing or less.
+        share = None if added is None or theirs is None or theirs <= 0 else added / theirs
+        yield Goal(f"{where}what a pool hit adds to an L1 hit, ours ÷ {name}", 0.5, share)
 
 
 # ---- markdown ---------------------------------------------------------------------------------
@@ -161,23 +180,51 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def markdown(run: Mapping[str, Any], figures: Figures) -> str:
+def markdown(run: Mapping[str, Any], taken: Sequence[Sample]) -> str:
     """The report's text."""
+    figures = Figures(taken)
     sizes = f"prompts of {run['prompt_tokens']} tokens, pages of {run['page_size']}"
     lines = [f"Measured {run['date']}; model size {run['size']}, {sizes}.", ""]
+    share = least_hit_share(run, taken)
+    if share is not None:
+        lines += [
+            f"Every hit had at least {100 * share:.1f} % of the tokens that whole pages can have.",
+            "",
+        ]
     lines += ["TTFT in ms: median of all requests (middle half), number of requests.", ""]
     for model in figures.models:
         lines += _ttft_table(figures, model)
-    lines += ["Medians over rounds of the ratios within a round, one request at a time:", ""]
+    lines += [
+        "One request at a time: each round's ratio, their median (middle half). What a hit adds is",
+        "its difference to an L1 hit of the same round; there the medians are compared.",
+        "",
+    ]
     for ours in (name for name in figures.systems if name.startswith("ours")):
         lines += _table([ours, "goal", "measured", "met"], [_row(g) for g in goals(figures, ours)])
     return "\n".join(lines)
 
 
+def least_hit_share(run: Mapping[str, Any], taken: Sequence[Sample]) -> float | None:
+    """Of the tokens that a request could have from a cache, the least that any group had."""
+    work = Workload(*(run[field.name] for field in dataclasses.fields(Workload)))
+    return min(
+        (
+            sum(s.cached.values()) / (work.reusable_tokens(s.reuse) * s.concurrency)
+            for s in taken
+            if s.case != "trace" and work.reusable_tokens(s.reuse)
+        ),
+        default=None,
+    )
+
+
 def _row(goal: Goal) -> list[str]:
     value = "not measured" if goal.value is None else f"{goal.value:.2f}"
+    if goal.by_round:
+        low, _, high = quartiles(goal.by_round)
+        value += f" ({low:.2f}–{high:.2f})"
+    limit = "–" if goal.limit is None else f"{'≥' if goal.at_least else '≤'} {goal.limit:.2f}"
     verdict = {True: "yes", False: "no", None: "–"}[goal.met]
-    return [goal.text, f"{'≥' if goal.at_least else '≤'} {goal.limit:.2f}", value, verdict]
+    return [goal.text, limit, value, verdict]
 
 
 def _ttft_table(figures: Figures, model: str) -> list[str]:
@@ -210,7 +257,10 @@ def picture(figures: Figures, path: Path) -> None:
     figure, axes = pyplot.subplots(len(panels), 1, figsize=size, squeeze=False)
     for axis, panel in zip(axes[:, 0], panels, strict=True):
         _draw(axis, figures, *panel)
-    figure.tight_layout()
+    colours = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in figures.systems]
+    columns = {"ncol": len(figures.systems), "frameon": False, "fontsize": 9}
+    figure.legend(colours, figures.systems, loc="upper center", **columns)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / size[1]))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -229,13 +279,12 @@ def _draw(axis: Any, figures: Figures, model: str, case: str, concurrency: int) 
             x = place + (number - (len(figures.systems) - 1) / 2) * width
             axis.bar(x, 1e3 * statistics.median(values), width * 0.9, color=COLOURS[system])
             axis.plot([x] * len(values), [1e3 * v for v in values], "k.", markersize=3, alpha=0.5)
+    axis.grid(axis="y", linewidth=0.5, alpha=0.4)
+    axis.set_axisbelow(True)
     unit = "turn {}" if case == "trace" else "{} %"
     axis.set_xticks(range(len(kinds)), [f"{where}, {unit.format(n)}" for _, where, n in kinds])
     axis.set_ylabel("TTFT, ms")
     axis.set_title(f"{model}: {case}, {concurrency} at a time", fontsize=10)
-    for system in figures.systems:
-        axis.bar(0, 0, color=COLOURS[system], label=system)
-    axis.legend(ncol=len(figures.systems), frameon=False, fontsize=8)
 
 
 def write(path: Path, folder: Path) -> list[Path]:
@@ -244,9 +293,8 @@ def write(path: Path, folder: Path) -> list[Path]:
     taken = samples(lines)
     if not taken:
         return [path]
-    figures = Figures(taken)
-    text = markdown(lines[0], figures)
+    text = markdown(lines[0], taken)
     print(text)
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
-    picture(figures, folder / "report.png")
+    picture(Figures(taken), folder / "report.png")
     return [path, folder / "report.md", folder / "report.png"]

@@ -4,7 +4,7 @@
 """The systems that scripts/bench/serve compares: what each is, and how its servers are started.
 
 A system is a row of SYSTEMS. One that shares its cache between servers has a pool of its own, of
-the same kind and size as every other's. Servers are sglang_cpu.server's, pools two_instances'.
+the same size as every other's. Servers are sglang_cpu.server's, pools serve_pools'.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from sglang_cpu.server import LAUNCHER, SGLangServer
-from two_instances.cluster import FLAG, MemcachePool, Progress
+from two_instances.cluster import FLAG, Progress
+
+from bench.serve_pools import MemcacheServePool, MooncakePool, ServePool
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 HICACHE_LAUNCHER = (sys.executable, "-W", "ignore", "-m", "bench.hicache_server")
-POOL_SIZE = "1GB"
 
 
 @dataclass(frozen=True)
@@ -33,64 +34,85 @@ class System:
 
     Attributes:
         title: what it is, for the report.
-        arguments: SGLang options, given the pool's own options for ascend_direct (None: no pool).
+        arguments: SGLang options, given what the pool's `options` say ({} without a pool).
+        pool: what its two servers share; None: one server, which has nobody to share with.
         plugins: value of SGLANG_PLUGINS.
-        servers: 1 for a system whose servers have nothing to say to each other.
         reuses: False where nothing is ever cached.
+        splits_kv: a page's K and V are two objects in the pool, where the model has both.
+        by_default: measured when nobody names systems.
     """
 
     title: str
-    arguments: Callable[[Mapping[str, Any] | None], Sequence[str]]
+    arguments: Callable[[Mapping[str, Any]], Sequence[str]]
+    pool: Callable[[], ServePool] | None = None
     plugins: str = ""
     launcher: tuple[str, ...] = LAUNCHER
-    servers: int = 1
     reuses: bool = True
+    splits_kv: bool = False
+    by_default: bool = True
 
     @property
     def shares(self) -> bool:
         """True where a second server can use what the first has computed."""
-        return self.servers > 1
+        return self.pool is not None
+
+    @property
+    def servers(self) -> int:
+        return 2 if self.shares else 1
 
 
-def _ours(**direct: Any) -> Callable[[Mapping[str, Any] | None], Sequence[str]]:
-    def arguments(pool: Mapping[str, Any] | None) -> Sequence[str]:
-        config = json.dumps({**(pool or {}), **direct})
-        return [FLAG, "--hierarchical-cache-direct-config", config]
+def _ours(title: str, *, by_default: bool = True, **direct: Any) -> System:
+    def arguments(pool: Mapping[str, Any]) -> Sequence[str]:
+        return [FLAG, "--hierarchical-cache-direct-config", json.dumps({**pool, **direct})]
 
-    return arguments
+    return System(
+        title, arguments, MemcacheServePool, plugins="ascend_direct", by_default=by_default
+    )
 
 
-def _hicache(pool: Mapping[str, Any] | None) -> Sequence[str]:
+def _hicache(
+    title: str,
+    backend: str,
+    pool: Callable[[], ServePool],
+    extra: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+) -> System:
     """Three tiers. Policies: those with which the pool's pages are really used (see `--help`)."""
-    memcache = dict((pool or {})["memcache"])
-    wanted = ("meta_service_url", "config_store_url", "protocol", "max_dram_size", "world_size")
-    extra = {name: memcache[name] for name in wanted} | {"dram_size": "0", "device_id": 0}
-    return [
+    options = [
         "--enable-hierarchical-cache",
         *("--hicache-ratio", "2"),
         *("--hicache-write-policy", "write_through"),
         *("--hicache-io-backend", "direct"),
         *("--hicache-mem-layout", "page_first_direct"),
-        *("--hicache-storage-backend", "npu_memcache"),
+        *("--hicache-storage-backend", backend),
         *("--hicache-storage-prefetch-policy", "wait_complete"),
-        *("--hicache-storage-backend-extra-config", json.dumps(extra)),
     ]
+
+    def arguments(pool: Mapping[str, Any]) -> Sequence[str]:
+        return [*options, "--hicache-storage-backend-extra-config", json.dumps(extra(pool))]
+
+    return System(title, arguments, pool, launcher=HICACHE_LAUNCHER, splits_kv=True)
+
+
+def _npu_memcache(pool: Mapping[str, Any]) -> dict[str, Any]:
+    """Its names for our options of MemCache; servers are pure clients, as ours are."""
+    wanted = ("meta_service_url", "config_store_url", "protocol", "max_dram_size", "world_size")
+    return {name: pool["memcache"][name] for name in wanted} | {"dram_size": "0", "device_id": 0}
 
 
 SYSTEMS: dict[str, System] = {
     "none": System("no cache", lambda _: ["--disable-radix-cache"], reuses=False),
     "l1": System("SGLang, device cache only", lambda _: []),
-    "hicache": System(
-        "SGLang HiCache, three tiers on MemCache", _hicache, launcher=HICACHE_LAUNCHER, servers=2
+    "hicache": _hicache(
+        "SGLang HiCache, three tiers on MemCache", "npu_memcache", MemcacheServePool, _npu_memcache
     ),
-    "ours": System("ascend_direct", _ours(), plugins="ascend_direct", servers=2),
-    "ours-lookahead": System(
-        "ascend_direct, load_mode lookahead",
-        _ours(load_mode="lookahead"),
-        plugins="ascend_direct",
-        servers=2,
+    "hicache-mooncake": _hicache(
+        "SGLang HiCache, three tiers on Mooncake", "mooncake", MooncakePool, dict
     ),
+    "ours": _ours("ascend_direct"),
+    "ours-lookahead": _ours("ascend_direct, load_mode lookahead", load_mode="lookahead"),
+    "ours-packed": _ours("ascend_direct, transfer packed", transfer="packed", by_default=False),
 }
+DEFAULT = [name for name, system in SYSTEMS.items() if system.by_default]
 
 
 class Running:
@@ -111,7 +133,7 @@ class Running:
     ) -> None:
         self.name = name
         self.system = SYSTEMS[name]
-        self.pool: MemcachePool | None = None
+        self.pool: ServePool | None = None
         self.servers: list[SGLangServer] = []
         self._start(model, server_args, log_dir, undo, progress)
 
@@ -121,12 +143,12 @@ class Running:
         system = self.system
         # Every server gets an allow-list: else the plugins that are installed load in all of them.
         env = {"SGLANG_PLUGINS": system.plugins or "none", "PYTHONPATH": python_path()}
-        if system.shares:
-            self.pool = MemcachePool(member_size=POOL_SIZE)
+        if system.pool is not None:
+            self.pool = system.pool()
             undo.callback(self.pool.stop)
             self.pool.start()
             env |= self.pool.environment()
-        options = self.pool.options() if self.pool else None
+        options = self.pool.options() if self.pool else {}
         for letter in "AB"[: system.servers]:
             server = SGLangServer(
                 model,

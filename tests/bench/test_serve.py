@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from bench import hicache_server, serve, serve_report
+from bench import hicache_server, serve, serve_pools, serve_report
 from bench.serve_cases import BenchmarkError, Sample, Truth, Turn, Workload, missed
-from bench.serve_systems import SYSTEMS
+from bench.serve_pools import MooncakePool, ServePool
+from bench.serve_systems import DEFAULT, SYSTEMS
+from two_instances.cluster import PoolProcessError
 
 WORK = Workload(prompt_tokens=3500, prompts=1, reuse=(0, 50, 100), output_tokens=4, page_size=128)
 
@@ -47,6 +51,7 @@ def known_run() -> list[Sample]:
             ("ours", "within", 0, 2.02),
             ("ours", "cross", 100, 0.52),
             ("hicache", "cross", 100, 0.6),
+            ("hicache-mooncake", "cross", 100, 0.54),
         ):
             taken.append(sample(system, where, reuse, [ttft_s * slow], round=number))
     return taken
@@ -61,6 +66,8 @@ def test_goals_are_computed_within_rounds() -> None:
     # 20 and 40 ms against 100 and 200 ms: medians 30 and 150.
     added = values[at_100 + "what a pool hit adds to an L1 hit, ours ÷ HiCache"]
     assert added == pytest.approx(0.2)
+    added = values[at_100 + "what a pool hit adds to an L1 hit, ours ÷ HiCache on Mooncake"]
+    assert added == pytest.approx(0.5)
     assert values["gqa, 0 % reuse: TTFT ours ÷ plugin off"] == pytest.approx(1.01)
     assert values["gqa, 50 % reuse: TTFT of a pool hit ÷ L1 hit"] is None
 
@@ -77,6 +84,32 @@ def test_a_goal_is_met_on_the_right_side_of_its_limit_only() -> None:
     assert ratio.met is True
     assert dataclasses.replace(ratio, value=1.11).met is False
     assert goals["gqa, 50 % reuse: TTFT of a pool hit ÷ L1 hit"].met is None
+
+
+def test_ours_is_not_called_better_than_a_rival_that_adds_nothing() -> None:
+    faster = sample("hicache", "cross", 100, [0.4])
+    taken = [s for s in known_run() if s.system != "hicache"] + [faster]
+    goals = {goal.text: goal for goal in serve_report.goals(serve_report.Figures(taken), "ours")}
+    added = goals["gqa, 100 % reuse: what a pool hit adds to an L1 hit, ours ÷ HiCache"]
+    assert (added.value, added.met) == (None, None)
+
+
+def test_the_report_shows_how_far_the_rounds_are_apart() -> None:
+    taken = [*known_run(), sample("l1", "within", 100, [0.5], round=2)]
+    taken += [sample("ours", "cross", 100, [0.6], round=2, cached={"storage": 3456})]
+    run = {**serve.describe(serve.parse([])), "date": "today"}
+    report = serve_report.markdown(run, taken)
+    # 1.04 twice, 1.2 once.
+    assert "TTFT of a pool hit ÷ L1 hit | ≤ 1.10 | 1.04 (1.04–1.12) | yes |" in report
+
+
+def test_the_report_says_how_much_of_a_prefix_the_worst_hit_had() -> None:
+    run = serve.describe(serve.parse([]))
+    hits = [sample("ours", "cross", 50, [1.0], cached={"storage": 1664})]
+    assert serve_report.least_hit_share(run, hits) == 1.0
+    hits.append(sample("ours", "cross", 100, [1.0], cached={"storage": 26 * 128}))
+    assert serve_report.least_hit_share(run, hits) == pytest.approx(26 / 27)
+    assert serve_report.least_hit_share(run, [sample("none", "within", 0, [1.0])]) is None
 
 
 def test_every_system_has_a_colour() -> None:
@@ -107,6 +140,8 @@ def test_an_answer_that_differs_is_a_problem_and_names_both_systems() -> None:
         ("ours", "cross", 50, {"storage": 1664}, True),
         ("ours", "cross", 100, {}, False),
         ("hicache", "cross", 100, {"host": 1000, "storage": 1000}, False),
+        ("hicache-mooncake", "cross", 100, {"host": 128, "storage": 3328}, True),
+        ("hicache-mooncake", "cross", 100, {"device": 3456}, False),
         ("ours", "cross", 50, {"storage": 3456}, False),
         ("ours", "cross", 100, {"device": 3456}, False),
         ("l1", "within", 100, {"device": 3456}, True),
@@ -154,9 +189,62 @@ def test_each_round_has_every_system_and_starts_with_another() -> None:
     options = serve.parse(["--repeats", "3", "--heavy-repeats", "1"])
     turns = list(serve.turns(options, "gqa"))
     singles = [[t.system for t in turns if (t.round, t.case) == (n, "single")] for n in range(3)]
-    assert all(sorted(names) == sorted(SYSTEMS) for names in singles)
+    assert all(sorted(names) == sorted(DEFAULT) for names in singles)
     assert len({names[0] for names in singles}) == 3
     assert {(t.round, t.concurrency) for t in turns if t.case == "burst"} == {(2, 8)}
+
+
+def test_packing_is_measured_only_when_asked_for() -> None:
+    assert "ours-packed" not in serve.parse([]).systems
+    assert serve.parse(["--systems", "all"]).systems == list(SYSTEMS)
+    assert serve.parse(["--systems", "l1", "ours-packed"]).systems == ["l1", "ours-packed"]
+
+
+# ---- Mooncake's pool --------------------------------------------------------------------------
+
+# A client that stores pages through the store process, as a server does.
+STORES_PAGES = """
+import ctypes, sys
+from mooncake.store import MooncakeDistributedStore, MooncakeHostMemAllocator
+
+address, pages, page_bytes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+host = MooncakeHostMemAllocator().alloc(page_bytes)
+store = MooncakeDistributedStore()
+assert store.setup_dummy(page_bytes, 16 * 2**20, address) == 0
+assert store.register_buffer(host, page_bytes) == 0
+for page in range(pages):
+    assert store.batch_put_from([f"{page_bytes}-{page}"], [host], [page_bytes]) == [0]
+"""
+
+
+@pytest.mark.pd
+def test_mooncakes_pool_counts_its_pages_and_is_emptied_only_when_it_is_half_full() -> None:
+    pool = MooncakePool()
+    pool.start()
+    try:
+        assert pool.stored_pages() == 0
+        for pages, page_bytes, left in ((4, 2**20, 4), (10, 2**26, 0)):
+            command = [sys.executable, "-c", STORES_PAGES]
+            command += [pool.options()["client_server_address"], str(pages), str(page_bytes)]
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            pool.make_room()
+            assert pool.stored_pages() == left
+        assert pool.used_share() == 0
+    finally:
+        pool.stop()
+    with pytest.raises(PoolProcessError, match="did not answer"):
+        pool.stored_pages()
+
+
+@pytest.mark.pd
+def test_a_mooncake_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_pools, "POOL_SIZE", "900TB")
+    pool = MooncakePool()
+    with pytest.raises(PoolProcessError, match="mooncake_client did not start") as failure:
+        pool.start()
+    assert "Failed to setup client" in str(failure.value)
+    with pytest.raises(PoolProcessError, match="did not answer"):  # its master has ended too
+        pool.stored_pages()
 
 
 # ---- HiCache's copies on a CPU ----------------------------------------------------------------
@@ -193,18 +281,40 @@ def test_neighbouring_pages_are_one_copy() -> None:
 # ---- all of it --------------------------------------------------------------------------------
 
 
+def empty_pools_in_every_turn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Under their servers; returns a list that gets the objects before and after."""
+    emptied: list[tuple[int, int]] = []
+
+    def empty_if_used(pool: ServePool) -> None:
+        before = pool.stored_pages()
+        make_room(pool)
+        if before:
+            emptied.append((before, pool.stored_pages()))
+
+    make_room = ServePool.make_room
+    monkeypatch.setattr(ServePool, "make_room", empty_if_used)
+    monkeypatch.setattr(serve_pools, "FULL_SHARE", 0.0)
+    return emptied
+
+
 @pytest.mark.e2e
 @pytest.mark.memcache
-def test_a_run_compares_real_servers_and_leaves_a_report(tmp_path: Path) -> None:
-    options = ["--systems", "none", "ours", "--models", "gqa", "--size", "tiny", "--repeats", "1"]
+@pytest.mark.parametrize("system", ["ours", pytest.param("hicache-mooncake", marks=pytest.mark.pd)])
+def test_a_run_compares_real_servers_and_leaves_a_report(
+    system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emptied = empty_pools_in_every_turn(monkeypatch)
+    options = ["--systems", "none", system, "--models", "gqa", "--size", "tiny", "--repeats", "1"]
     options += ["--concurrency", "1", "--no-trace", "--prompt-tokens", "700"]
     assert serve.main([*options, "--out", str(tmp_path)]) == 0
     taken = serve_report.samples(serve_report.read_lines(tmp_path / "samples.jsonl"))
     places = {(s.system, s.where, s.reuse) for s in taken}
-    ours = {("ours", where, reuse) for where in ("within", "cross") for reuse in (50, 100)}
-    assert places == {("none", "within", 0), ("ours", "within", 0)} | ours
+    hits = {(system, where, reuse) for where in ("within", "cross") for reuse in (50, 100)}
+    assert places == {("none", "within", 0), (system, "within", 0)} | hits
     assert all(min(s.ttft_s) > 0 for s in taken)
+    assert [before > after for before, after in emptied] == [True]
     report = (tmp_path / "report.md").read_text()
-    assert "TTFT ours ÷ plugin off" in report
+    assert "Every hit had at least 100.0 %" in report
+    assert ("TTFT ours ÷ plugin off" in report) == (system == "ours")
     assert (tmp_path / "report.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])["size"] == "tiny"
