@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from two_instances.cluster import Cluster, MemcachePool
 
 from ascend_direct.cli.planning import validation
 from ascend_direct.cli.planning.costs import Costs
+from ascend_direct.cli.planning.forecast import reusable_tokens
 from ascend_direct.cli.planning.model_shape import read_shape
 from ascend_direct.cli.planning.simulation import Fleet, Outcome, Simulation
 from ascend_direct.cli.planning.synthetic import Synthetic, generate
@@ -34,9 +37,11 @@ from measured_plan.calibrate import Calibration, NotAsExpected
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH_TOKENS = 8192
+# With it SGLang sends a batch's first tokens when the next one has been launched. On an NPU that is
+# at once, on a CPU the next one has then been computed: a delay that only this machine has.
+NO_OVERLAP = ("--disable-overlap-schedule",)
 # On a busy machine a call may take longer than in production; a miss would prove nothing.
 PATIENCE = {"lookup_timeout_ms": 5_000, "load_timeout_ms": 20_000}
-FAR_APART_S = 1000.0
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -50,14 +55,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--size", choices=("tiny", "demo"), default="demo", help="of the model (gqa)")
-    add("--requests", type=int, default=120, help="of the trace")
+    add("--requests", type=int, default=100, help="of the trace")
     add("--longest", type=int, default=3584, help="tokens of the longest prompt")
-    add("--busy", type=float, default=0.5, help="share of the time that servers shall compute")
+    add("--busy", type=float, default=0.4, help="share of the time that servers shall compute")
     add("--device-tokens", type=int, default=16384, help="KV of a server (--max-total-tokens)")
     add("--pool-size", default="128MB", help="memory of the pool's member")
     add("--page-size", type=int, default=64, help="tokens of a page")
     add("--lengths", type=int, nargs="+", default=[512, 1280, 2304, 3584], help="of the probes")
-    add("--repeats", type=int, default=3, help="probes of each length and kind")
+    add("--rounds", type=int, default=3, help="of probes and replay, in turns; medians count")
     add("--seed", type=int, default=1, help="of the trace")
     add("--one-by-one", action="store_true", help="each request after the one before: no queues")
     add("--limit-percent", type=float, default=15.0, help="largest deviation")
@@ -94,45 +99,53 @@ class Check:
     fleet: Fleet
     say: Callable[[str], None]
 
-    def calibrate(self, when: str) -> Calibration:
-        """Probes; afterwards neither the servers nor the pool hold anything of them."""
+    def rounds(self) -> tuple[Calibration, Trace, list[list[replay.Answered]]]:
+        """Probes and replay in turns, so that a slow minute of the machine is in both."""
         options = self.options
         calibration = Calibration(self.cluster, options.page_size)
         calibration.warm_up(options.lengths[0])
-        for number in range(options.repeats):
-            self.say(f"{when}: probes, round {number + 1} of {options.repeats}")
+        timed, answers = replay.far_apart(self.trace), []
+        for number in range(options.rounds):
+            self.say(f"round {number + 1} of {options.rounds}: probes")
             for length in options.lengths:
-                calibration.length(length, seed=1000 * (number + 1) + length)
+                calibration.length(length)
                 self.flush()
-        self.clear()
-        return calibration
+            self.clear()
+            if not number and not options.one_by_one:
+                timed = replay.at_pace(self.trace, self.gap_s(calibration.costs()), options.seed)
+            self.say(f"round {number + 1} of {options.rounds}: {len(timed.requests)} requests")
+            answers.append(self.replay(timed))
+            self.settle()
+            self.clear()
+        return calibration, timed, answers
 
     def flush(self) -> None:
+        """Empty both device caches."""
         for name in ("A", "B"):
             self.cluster.servers[name].flush()
 
     def clear(self) -> None:
-        """Nothing of the probes may be found, nor make others' pages go."""
+        """Nothing of before may be found, nor make others' pages go."""
         self.flush()
         command = [str(Path(sys.executable).parent / "ascend-direct"), "pool", "clear", "--yes"]
         command += ["--config", json.dumps(self.cluster.pool.options())]
-        environment = {**__import__("os").environ, **self.cluster.pool.environment()}
+        environment = {**os.environ, **self.cluster.pool.environment()}
         subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
-        left = self.cluster.pool.stored_pages()
-        if left:
-            raise NotAsExpected(f"{left} pages of the probes are still in the pool")
+        if left := self.cluster.pool.stored_pages():
+            raise NotAsExpected(f"{left} pages are still in the pool")
 
-    def pace(self, costs: Costs) -> float:
-        """How far apart requests must be for servers that are as busy as wanted."""
-        outcome = Simulation(replay.at_pace(self.trace, FAR_APART_S), self.fleet, costs).run()
-        servers_s = self.fleet.instances * self.trace.span_s
-        return outcome.busy_s / self.options.busy / servers_s
+    def gap_s(self, costs: Costs) -> float:
+        """Mean time between requests for servers that are as busy as wanted."""
+        outcome = Simulation(replay.far_apart(self.trace), self.fleet, costs).run()
+        each_s = outcome.busy_s / len(self.trace.requests)
+        return each_s / self.options.busy / self.fleet.instances
 
     def replay(self, trace: Trace) -> list[replay.Answered]:
+        """The trace on the real servers."""
         servers = [self.cluster.servers[name] for name in ("A", "B")]
         if self.options.one_by_one:
             return replay.one_by_one(trace, servers, self.settle)
-        return replay.open_loop(trace, servers, self.say)
+        return replay.open_loop(trace, servers)
 
     def settle(self) -> None:
         """Until the pool's pages are the same for a while."""
@@ -148,16 +161,15 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
     """Everything, as the result file has it."""
     folder = ROOT / ".demo" / "models" / f"gqa-{options.size}"
     model = make_model(folder, "gqa", size=options.size)
-    shape = read_shape(model)
     trace = workload(options)
     fleet = Fleet(
         instances=2,
         device_tokens=options.device_tokens,
-        pool_tokens=parse_bytes(options.pool_size) // shape.kv_bytes_per_token,
+        pool_tokens=parse_bytes(options.pool_size) // read_shape(model).kv_bytes_per_token,
         batch_tokens=BATCH_TOKENS,
     )
     arguments = ["--page-size", str(options.page_size), "--chunked-prefill-size", str(BATCH_TOKENS)]
-    arguments += ["--max-total-tokens", str(options.device_tokens)]
+    arguments += ["--max-total-tokens", str(options.device_tokens), *NO_OVERLAP]
     with Cluster(
         MemcachePool(member_size=options.pool_size),
         model,
@@ -167,45 +179,36 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
         log_dir=options.out / "logs",
         progress=say,
     ) as cluster:
-        check = Check(options, cluster, trace, fleet, say)
-        before = check.calibrate("before")
-        factor = FAR_APART_S if options.one_by_one else check.pace(before.costs(""))
-        timed = replay.at_pace(trace, factor)
-        say(f"replaying {len(timed.requests)} requests")
-        answers = check.replay(timed if not options.one_by_one else trace)
-    costs = before.costs(f"measured by scripts/plan_check, {time.strftime('%Y-%m-%d')}")
+        calibration, timed, answers = Check(options, cluster, trace, fleet, say).rounds()
+    costs = calibration.costs(f"measured by scripts/plan_check, {time.strftime('%Y-%m-%d')}")
     outcome = Simulation(timed, fleet, costs).run()
-    return _result(options, timed, costs, answers, outcome, before)
+    return _result(options, timed, costs, answers, outcome, calibration)
 
 
 def _result(
     options: argparse.Namespace,
     trace: Trace,
     costs: Costs,
-    answers: Sequence[replay.Answered],
+    answers: Sequence[Sequence[replay.Answered]],
     outcome: Outcome,
     calibration: Calibration,
 ) -> dict[str, Any]:
-    found = compare.rounded(compare.figures(trace, answers, outcome))
-    each = [
-        {**answer._asdict(), "predicted": (device, loaded, ttft_s), "tokens": request.prompt_tokens}
-        for request, answer, device, loaded, ttft_s in zip(
-            trace.requests,
-            answers,
-            outcome.device_tokens,
-            outcome.loaded_tokens,
-            outcome.ttft_s,
-            strict=True,
-        )
-    ]
+    found = compare.rounded(compare.figures(trace, replay.median(answers), outcome))
+    predicted = list(zip(outcome.device_tokens, outcome.loaded_tokens, outcome.ttft_s, strict=True))
     return {
         "date": time.strftime("%Y-%m-%d"),
         "command": "scripts/plan_check",
         "limit_percent": options.limit_percent,
         "figures": found,
         "costs": costs.model_dump(),
-        "requests": each,
+        "load": [round(value, 1) for value in os.getloadavg()],
+        "prompt_tokens": trace.prompt_tokens,
+        "reusable_tokens": reusable_tokens(trace, math.inf)[0],
+        "evicted_from_pool_tokens": outcome.pool_evicted_tokens,
         "span_s": trace.span_s,
+        "prompts": [request.prompt_tokens for request in trace.requests],
+        "predicted": predicted,
+        "measured": answers,
         "probes": calibration.told(),
     }
 

@@ -3,9 +3,9 @@
 
 """What a request costs on these two servers, from probes: the file that `plan --costs` takes.
 
-Owns the probes and the fit. Both servers are always asked at the same time, as in the replay: two
-that compute share memory and caches of this machine. What is fitted is time to first token on an
-idle server, so it holds all of SGLang and HTTP too.
+Owns the probes and the fit. Servers are asked one by one and both at once, as often: two that
+compute share memory and caches of this machine, and in the replay they do so about half the time.
+What is fitted is time to first token on an idle server, so it holds all of SGLang and HTTP too.
 """
 
 from __future__ import annotations
@@ -58,52 +58,59 @@ def probe(kind: str, got: Generation) -> Probe:
 
 
 class Calibration:
-    """Probes of both servers, side by side."""
+    """Probes of both servers."""
 
     def __init__(self, cluster: Cluster, page_size: int) -> None:
         self._cluster = cluster
         self._servers = [cluster.servers[name] for name in ("A", "B")]
         self._page_size = page_size
+        self._seed = 10_000
         self.probes: list[Probe] = []
-        self.stores_s: list[tuple[int, float]] = []
+        self.stores_s: list[float] = []
         self._pool = ThreadPoolExecutor(len(self._servers))
 
     def warm_up(self, tokens: int) -> None:
         """First requests compile and allocate; they are not counted."""
-        for seed in range(3):
-            self._both("cold", make_prompts(2, tokens, seed=90_000 + seed))
-            self._settle(2, tokens)
+        for _ in range(2):
+            self.length(tokens)
         self.probes.clear()
         self.stores_s.clear()
 
-    def length(self, tokens: int, seed: int) -> None:
-        """All four kinds of request of one length.
+    def length(self, tokens: int) -> None:
+        """All kinds of request of one length: to A, to B, to both at once.
 
         Raises:
             NotAsExpected: a hit was not one.
         """
-        prompts = make_prompts(2, tokens, seed=seed)
-        self._both("cold", prompts)
-        self._settle(2, tokens)
-        self._both("device", prompts)
-        ends = make_prompts(2, tokens - tokens // 2, seed=seed + 50_000)
-        halves = [p[: tokens // 2] + end for p, end in zip(prompts, ends, strict=True)]
-        self._both("half", halves)
-        self._settle(2, tokens - tokens // 2)
-        self._both("pool", prompts[::-1])
+        for asked in ([0], [1], [0, 1]):
+            prompts = self._prompts(len(asked), tokens)
+            self._ask("cold", asked, prompts)
+            self._settle()
+            self._ask("device", asked, prompts)
+            ends = self._prompts(len(asked), tokens - tokens // 2)
+            halves = [p[: tokens // 2] + end for p, end in zip(prompts, ends, strict=True)]
+            self._ask("half", asked, halves)
+            self._settle()
+            self._ask("pool", [1 - server for server in asked], prompts)
 
-    def _both(self, kind: str, prompts: Sequence[Sequence[int]]) -> None:
-        found = [probe(kind, got) for got in self._pool.map(ask, self._servers, prompts)]
+    def _prompts(self, count: int, tokens: int) -> list[list[int]]:
+        self._seed += 1
+        return make_prompts(count, tokens, seed=self._seed)
+
+    def _ask(self, kind: str, asked: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        servers = [self._servers[server] for server in asked]
+        found = [probe(kind, got) for got in self._pool.map(ask, servers, prompts)]
         pages = (len(prompts[0]) - 1) // self._page_size
         expected = {"cold": 0, "half": len(prompts[0]) // 2 // self._page_size}
         for one in found:
-            hit = one.loaded_tokens if kind == "pool" else one.device_tokens
-            other = one.device_tokens if kind == "pool" else one.loaded_tokens
+            hit, other = one.device_tokens, one.loaded_tokens
+            if kind == "pool":
+                hit, other = other, hit
             if hit != expected.get(kind, pages) * self._page_size or other:
                 raise NotAsExpected(f"a probe that should be {kind} was {one}")
         self.probes += found
 
-    def _settle(self, prompts: int, tokens: int) -> None:
+    def _settle(self) -> None:
         """Wait until what was computed is in the pool, and note how long that took."""
         begin_s = time.monotonic()
         held, since_s = self._cluster.pool.stored_pages(), begin_s
@@ -113,14 +120,14 @@ class Calibration:
             if now != held:
                 held, since_s = now, time.monotonic()
             if time.monotonic() - begin_s > SETTLE_S:
-                raise NotAsExpected(f"stores have not ended {SETTLE_S:g} s after {prompts} prompts")
-        self.stores_s.append((tokens, since_s - begin_s))
+                raise NotAsExpected(f"stores have not ended {SETTLE_S:g} s after a prompt")
+        self.stores_s.append(since_s - begin_s)
 
-    def costs(self, source: str) -> Costs:
+    def costs(self, source: str = "") -> Costs:
         """The lines through all probes."""
         request_ms, compute_us, cached_us, pair_ns = fit_compute(self.probes)
         load_fixed_ms, load_us = fit_loads(self.probes)
-        store_fixed_ms = 1e3 * statistics.median(seconds for _, seconds in self.stores_s)
+        store_fixed_ms = 1e3 * statistics.median(self.stores_s)
         return Costs(
             source=source,
             request_ms=request_ms,

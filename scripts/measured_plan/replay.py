@@ -9,6 +9,7 @@ Owns the tokens behind a trace's units, the clock and what is noted of each answ
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from measured_plan.calibrate import ask, probe
 
 # Requests that may wait for an answer at a time; more would mean that the servers are far behind.
 MOST_WAITING = 64
+FAR_APART_S = 1000.0
 
 
 class Answered(NamedTuple):
@@ -47,16 +49,23 @@ def _random_tokens(seed: str, count: int) -> list[int]:
     return [source.randint(FIRST_TOKEN, LAST_TOKEN) for _ in range(count)]
 
 
-def at_pace(trace: Trace, factor: float) -> Trace:
-    """The same requests, `factor` times as far apart."""
-    first_s = trace.requests[0].arrival_s
-    moved = [r._replace(arrival_s=(r.arrival_s - first_s) * factor) for r in trace.requests]
+def at_pace(trace: Trace, gap_s: float, seed: int) -> Trace:
+    """The same requests in the same order, at random times: a Poisson process of that mean gap."""
+    draw, now_s = random.Random(seed), 0.0
+    moved = []
+    for request in trace.requests:
+        moved.append(request._replace(arrival_s=now_s))
+        now_s += draw.expovariate(1 / gap_s)
     return replace(trace, requests=moved)
 
 
-def open_loop(
-    trace: Trace, servers: Sequence[SGLangClient], say: Callable[[str], None]
-) -> list[Answered]:
+def far_apart(trace: Trace) -> Trace:
+    """The same requests, each long after the one before."""
+    moved = [r._replace(arrival_s=FAR_APART_S * n) for n, r in enumerate(trace.requests)]
+    return replace(trace, requests=moved)
+
+
+def open_loop(trace: Trace, servers: Sequence[SGLangClient]) -> list[Answered]:
     """Send each request when it is due, to the servers in turn, whether others wait or not."""
     prompts = [prompt_of(r, trace.unit_tokens, i) for i, r in enumerate(trace.requests)]
     begin_s = time.perf_counter() + 0.5
@@ -72,8 +81,6 @@ def open_loop(
         for number, request in enumerate(trace.requests):
             time.sleep(max(0.0, begin_s + request.arrival_s - time.perf_counter()))
             answers.append(pool.submit(send, number))
-            if number % 20 == 0:
-                say(f"request {number + 1} of {len(prompts)}")
         return [answer.result() for answer in answers]
 
 
@@ -88,3 +95,14 @@ def one_by_one(
         settle()
         found.append(Answered(got.device_tokens, got.loaded_tokens, got.ttft_s, 0.0))
     return found
+
+
+def median(rounds: Sequence[Sequence[Answered]]) -> list[Answered]:
+    """Of each request and each of its figures, over rounds of the same trace."""
+    return [
+        Answered(
+            *(int(statistics.median(a[field] for a in one)) for field in (0, 1)),
+            *(statistics.median(a[field] for a in one) for field in (2, 3)),
+        )
+        for one in zip(*rounds, strict=True)
+    ]
