@@ -28,7 +28,7 @@ from ascend_direct.cli.planning import validation
 from ascend_direct.cli.planning.costs import Costs
 from ascend_direct.cli.planning.forecast import reusable_tokens
 from ascend_direct.cli.planning.model_shape import read_shape
-from ascend_direct.cli.planning.simulation import Fleet, Outcome, Simulation
+from ascend_direct.cli.planning.simulation import Fleet, Simulation
 from ascend_direct.cli.planning.synthetic import Synthetic, generate
 from ascend_direct.cli.planning.traces import Trace
 from ascend_direct.config import parse_bytes
@@ -182,35 +182,56 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
         calibration, timed, answers = Check(options, cluster, trace, fleet, say).rounds()
     costs = calibration.costs(f"measured by scripts/plan_check, {time.strftime('%Y-%m-%d')}")
     outcome = Simulation(timed, fleet, costs).run()
-    return _result(options, timed, costs, answers, outcome, calibration)
+    (options.out / "costs.json").write_text(costs.model_dump_json() + "\n", encoding="utf-8")
+    (options.out / "trace.jsonl").write_text(replay.written(timed), encoding="utf-8")
+    predicted = planned(options, model)
+    return {
+        **_told(options, timed, answers, predicted),
+        # Request by request: tokens from the device, from the pool, seconds.
+        "predicted": list(
+            zip(outcome.device_tokens, outcome.loaded_tokens, outcome.ttft_s, strict=True)
+        ),
+        "measured": answers,
+        "probes": calibration.told(),
+    }
 
 
-def _result(
+def _told(
     options: argparse.Namespace,
     trace: Trace,
-    costs: Costs,
     answers: Sequence[Sequence[replay.Answered]],
-    outcome: Outcome,
-    calibration: Calibration,
+    predicted: dict[str, Any],
 ) -> dict[str, Any]:
-    found = compare.rounded(compare.figures(trace, replay.median(answers), outcome))
-    predicted = list(zip(outcome.device_tokens, outcome.loaded_tokens, outcome.ttft_s, strict=True))
     return {
         "date": time.strftime("%Y-%m-%d"),
         "command": "scripts/plan_check",
         "limit_percent": options.limit_percent,
-        "figures": found,
-        "costs": costs.model_dump(),
+        "figures": compare.rounded(compare.figures(trace, replay.median(answers), predicted)),
         "load": [round(value, 1) for value in os.getloadavg()],
+        "requests": len(trace.requests),
+        "span_s": trace.span_s,
         "prompt_tokens": trace.prompt_tokens,
         "reusable_tokens": reusable_tokens(trace, math.inf)[0],
-        "evicted_from_pool_tokens": outcome.pool_evicted_tokens,
-        "span_s": trace.span_s,
-        "prompts": [request.prompt_tokens for request in trace.requests],
-        "predicted": predicted,
-        "measured": answers,
-        "probes": calibration.told(),
+        "plan": predicted,
     }
+
+
+def planned(options: argparse.Namespace, model: Path) -> dict[str, Any]:
+    """What the command itself says to the trace, the costs and the sizes of this run."""
+    command = [str(Path(sys.executable).parent / "ascend-direct"), "plan", "--json"]
+    command += ["--model-config", str(model), "--instances", "2"]
+    command += ["--trace", str(options.out / "trace.jsonl")]
+    command += ["--costs", f"@{options.out / 'costs.json'}", "--pool-size", options.pool_size]
+    for flag, number in (
+        ("--device-tokens", options.device_tokens),
+        ("--page-size", options.page_size),
+        ("--block-tokens", options.page_size),
+        ("--batch-tokens", BATCH_TOKENS),
+    ):
+        command += [flag, str(number)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=300)
+    (row,) = json.loads(done.stdout)["rows"]
+    return dict(row["with_pool"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -232,10 +253,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"FAILED: {error}", markup=False)
         return 1
     (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (options.out / "costs.json").write_text(json.dumps(result["costs"]) + "\n", encoding="utf-8")
     limit = options.limit_percent
     console.print(compare.table(result["figures"], limit))
-    console.print(f"costs for plan --costs, and all requests: {options.out}")
+    console.print(f"costs.json and trace.jsonl for plan, result.json: {options.out}")
     if options.record:
         kept = ("date", "command", "limit_percent", "figures")
         record = json.dumps({name: result[name] for name in kept}, indent=1)

@@ -8,14 +8,13 @@ Owns which figures are compared and how. A figure's deviation is predicted ÷ me
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from ascend_direct.cli.planning.simulation import Outcome
 from ascend_direct.cli.planning.traces import Trace
 from measured_plan.replay import Answered
 
@@ -37,29 +36,27 @@ class Figure:
         return 100 * (self.predicted / self.measured - 1) if self.measured else float("inf")
 
 
-def figures(trace: Trace, answers: Sequence[Answered], outcome: Outcome) -> list[Figure]:
-    """Everything that is compared."""
+def figures(
+    trace: Trace, answers: Sequence[Answered], predicted: Mapping[str, Any]
+) -> list[Figure]:
+    """Everything that is compared.
+
+    Args:
+        predicted: `with_pool` of a row of `plan --json`.
+    """
     prompts = trace.prompt_tokens
     device = sum(answer.device_tokens for answer in answers)
     loaded = sum(answer.loaded_tokens for answer in answers)
-    own_device, own_loaded = sum(outcome.device_tokens), sum(outcome.loaded_tokens)
-    found = [
-        Figure(
-            "hit rate",
-            " %",
-            100 * (device + loaded) / prompts,
-            100 * (own_device + own_loaded) / prompts,
-        ),
-        Figure("device hit tokens", "", device, own_device),
-        Figure("pool hit tokens", "", loaded, own_loaded),
+    times_ms = 1e3 * np.array([answer.ttft_s for answer in answers])
+    own_ms = predicted["ttft_ms"]
+    return [
+        Figure("hit rate", " %", 100 * (device + loaded) / prompts, 100 * predicted["hit_rate"]),
+        Figure("device hit tokens", "", device, prompts * predicted["device_hit_rate"]),
+        Figure("pool hit tokens", "", loaded, prompts * predicted["pool_hit_rate"]),
+        Figure("mean TTFT", " ms", float(times_ms.mean()), own_ms["mean"]),
+        Figure("p50 TTFT", " ms", float(np.percentile(times_ms, 50)), own_ms["p50"]),
+        Figure("p90 TTFT", " ms", float(np.percentile(times_ms, 90)), own_ms["p90"]),
     ]
-    measured_ms = 1e3 * np.array([answer.ttft_s for answer in answers])
-    predicted_ms = 1e3 * np.frombuffer(outcome.ttft_s)
-    found.append(Figure("mean TTFT", " ms", measured_ms.mean(), predicted_ms.mean()))
-    for percent in (50, 90):
-        pair = (np.percentile(times, percent) for times in (measured_ms, predicted_ms))
-        found.append(Figure(f"p{percent} TTFT", " ms", *map(float, pair)))
-    return found
 
 
 def rounded(found: Sequence[Figure]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ Owns the tokens behind a trace's units, the clock and what is noted of each answ
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 import time
@@ -63,6 +64,20 @@ def far_apart(trace: Trace) -> Trace:
     """The same requests, each long after the one before."""
     moved = [r._replace(arrival_s=FAR_APART_S * n) for n, r in enumerate(trace.requests)]
     return replace(trace, requests=moved)
+
+
+def written(trace: Trace) -> str:
+    """The trace as a file for `plan --trace`, a block a unit."""
+    lines = [
+        {
+            "timestamp": 1e3 * request.arrival_s,
+            "input_length": request.prompt_tokens,
+            "output_length": 1,
+            "hash_ids": request.units,
+        }
+        for request in trace.requests
+    ]
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def open_loop(trace: Trace, servers: Sequence[SGLangClient]) -> list[Answered]:
