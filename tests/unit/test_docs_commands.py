@@ -49,6 +49,7 @@ RUN_BY = {
     "scripts/demo": ("tests/e2e/test_demo.py", "demo"),
     "scripts/demo --pd": ("tests/e2e/test_prefill_decode.py", "prefill_decode"),
     "scripts/npu_smoke": ("tests/npu/test_smoke_logic.py", "smoke"),
+    "scripts/plan_check": ("tests/bench/test_plan_check.py", "plan_check.main"),
     "scripts/test": (".ci/run", "scripts/test"),
 }
 
