@@ -240,6 +240,12 @@ def test_answers_can_be_reused_once_they_are_complete() -> None:
     assert outcome.device_tokens[1] == PAGE
 
 
+def test_a_conversations_beginning_is_not_given_up_before_its_answer() -> None:
+    first = request(0, (1, 2), answer_units=(3, 4))
+    outcome = run(trace_of(first, request(5, (7, 8)), request(9, (1, 2, 3, 4))), Fleet(1, 5 * PAGE))
+    assert list(outcome.device_tokens) == [0, 0, 3 * PAGE]
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_all_instances_are_used(policy: str) -> None:
     simulation = Simulation(

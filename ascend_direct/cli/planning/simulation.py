@@ -174,7 +174,10 @@ class Simulation:
     def _answer(self, instance: int, number: int, now_s: float) -> None:
         """An answer is complete; so are the pages that it ends in."""
         request, pool, device = self._trace.requests[number], self.pool, self.devices[instance]
-        device.use(reversed(request.answer_units), self._unit_tokens)
+        whole = request.units
+        if request.last_tokens != self._unit_tokens:
+            whole = whole[:-1]
+        device.use(reversed(whole + request.answer_units), self._unit_tokens)
         device.make_room()
         if self._fleet.pool_tokens:
             missing = [unit for unit in request.answer_units if unit not in pool.held]
