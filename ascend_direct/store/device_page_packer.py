@@ -152,7 +152,7 @@ class Accelerator:
     def stream(self) -> Iterator[None]:
         """What is launched within has ended when this is left, also by an exception: who takes the
         memory next does not ask."""
-        with self._module.device(self.device), self._module.stream(self._stream):
+        with self._module.device(self.device.index), self._module.stream(self._stream):
             try:
                 yield
             finally:

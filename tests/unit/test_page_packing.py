@@ -147,7 +147,7 @@ class LateDevice:
         self.done += self.todo
         self.todo.clear()
 
-    def device(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    def device(self, index: int) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def stream(self, stream: LateDevice) -> contextlib.AbstractContextManager[None]:
