@@ -65,9 +65,9 @@ HiCache runs with write_through and wait_complete: with its other policies a req
 once misses what was just computed, or starts before its pages are there, and recomputes them. Its
 host <-> device copies on a CPU are ours (scripts/bench/hicache_server.py), one torch copy each.
 
-Ctrl-C keeps what was measured and reports it; --resume goes on. Expect {servers} servers of about
-1.5 GiB, 1 GiB more per pool, 2 minutes of start-up per model, and about 1.5 minutes per round and
-model."""
+Ctrl-C keeps what was measured and reports it; --resume goes on. Expect {servers} servers of 1.7 to
+2.0 GiB and four pools, 21 GiB in all; 2 minutes of start-up per model, and about 1.5 minutes per
+round and model."""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

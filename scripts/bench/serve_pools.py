@@ -28,9 +28,9 @@ from typing import Any
 from memcache_pool import HOST, free_ports
 from two_instances.cluster import MemcachePool, Pool, PoolProcessError
 
-POOL_SIZE = "1GB"
-# A burst stores a third of a pool; more than half full, the next one might meet the eviction.
-FULL_SHARE = 0.5
+POOL_SIZE = "768MB"
+# A turn of bursts stores less than half of a pool; MemCache and Mooncake evict at 90 %.
+FULL_SHARE = 0.4
 START_TIMEOUT_S = 30.0
 STOP_GRACE_S = 8.0
 CLEAR_TIMEOUT_S = 60.0

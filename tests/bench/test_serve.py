@@ -218,7 +218,7 @@ for page in range(pages):
 
 
 @pytest.mark.pd
-def test_mooncakes_pool_counts_its_pages_and_is_emptied_only_when_it_is_half_full() -> None:
+def test_mooncakes_pool_counts_its_pages_and_is_emptied_only_when_it_fills() -> None:
     pool = MooncakePool()
     pool.start()
     try:
