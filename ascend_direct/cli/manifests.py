@@ -3,14 +3,16 @@
 
 """Text that installs a MetaService: MemCache's configuration file, a systemd unit, manifests.
 
-Owns the texts only. They start `ascend-direct meta`, which checks its settings at each start. TLS
-is in none of them: paths of keys come by the environment, or from the file itself.
+Owns the texts but for Kubernetes', which is kubernetes_manifests'. They start `ascend-direct meta`,
+which checks its settings at each start. TLS is in none of them: paths of keys come by the
+environment, or from the file itself.
 """
 
 from __future__ import annotations
 
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple
+
+from ascend_direct.cli import kubernetes_manifests
 
 # Keys of MemCache's own file (MMC_META_CONFIG_PATH, memcache-hybrid 1.3.0).
 _FILE_KEYS = {
@@ -21,61 +23,14 @@ _FILE_KEYS = {
     "evict_threshold_low": "ock.mmc.evict_threshold_low",
     "log_path": "ock.mmc.log_path",
     "log_level": "ock.mmc.log_level",
+    "ha_enable": "ock.mmc.meta.ha.enable",
 }
-
-_MANIFESTS = """\
-# kubectl create configmap ascend-direct --from-file={name}
-apiVersion: apps/v1
-kind: Deployment
-metadata:
-  name: metaservice
-spec:
-  replicas: 1
-  strategy:
-    type: Recreate
-  selector:
-    matchLabels:
-      app: metaservice
-  template:
-    metadata:
-      labels:
-        app: metaservice
-    spec:
-      containers:
-        - name: metaservice
-          image: {image}
-          command:
-{words}          env:
-            - name: POD_IP
-              valueFrom:
-                fieldRef:
-                  fieldPath: status.podIP
-{own}          readinessProbe:
-            httpGet:
-              path: /health
-              port: {metrics_port}
-          volumeMounts:
-            - name: config
-              mountPath: {folder}
-      volumes:
-        - name: config
-          configMap:
-            name: ascend-direct
----
-apiVersion: v1
-kind: Service
-metadata:
-  name: metaservice
-spec:
-  selector:
-    app: metaservice
-  ports:
-{listed}"""
 
 
 def config_file(options: dict[str, Any]) -> str:
     """For MemCache's own launcher; `options` by the native service's names."""
-    return "".join(f"{_FILE_KEYS[name]} = {value}\n" for name, value in options.items())
+    words = {True: "true", False: "false"}
+    return "".join(f"{_FILE_KEYS[n]} = {words.get(v, v)}\n" for n, v in options.items())
 
 
 def _command(source: str, options: dict[str, Any]) -> list[str]:
@@ -84,6 +39,7 @@ def _command(source: str, options: dict[str, Any]) -> list[str]:
         *("--evict-above", str(options["evict_threshold_high"])),
         *("--evict-to", str(options["evict_threshold_low"])),
         *("--log-dir", str(options["log_path"])),
+        *(["--ha"] if options.get("ha_enable") else []),
     ]
 
 
@@ -110,39 +66,28 @@ WantedBy=multi-user.target
 """
 
 
-def kubernetes(source: str, options: dict[str, Any], image: str) -> str:
-    """A Deployment of one and its Service. Servers name the Service in their URLs.
+class Cluster(NamedTuple):
+    """What --print kubernetes is told.
 
-    The file at `source` comes from the ConfigMap `ascend-direct`, key as its name says.
+    Attributes:
+        namespace: empty for kubectl's own; an election must know it.
     """
-    ports = {
-        name: urlsplit(options[f"{name}_url"]).port
-        for name in ("meta_service", "config_store", "metrics")
-    }
-    folder, _, name = source.removeprefix("@").rpartition("/")
-    own = "".join(
-        f"""\
-            - name: ASCEND_DIRECT_MEMCACHE__{part.upper()}_URL
-              value: "{"http" if part == "metrics" else "tcp"}://$(POD_IP):{port}"
-"""
-        for part, port in ports.items()
-    )
-    words = "".join(f"            - {_quoted(word)}\n" for word in _command(source, options))
-    listed = "".join(
-        f"    - name: {part.replace('_', '-')}\n      port: {port}\n"
-        for part, port in ports.items()
-    )
-    return _MANIFESTS.format(
-        name=name,
-        image=_quoted(image),
-        words=words,
-        own=own,
-        metrics_port=ports["metrics"],
-        folder=_quoted(folder or "/"),
-        listed=listed,
-    )
+
+    image: str
+    replicas: int
+    namespace: str
 
 
-def _quoted(word: str) -> str:
-    escaped = word.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+def kubernetes(source: str, options: dict[str, Any], cluster: Cluster) -> str:
+    """A Deployment and its Service; with several replicas, what MemCache's election needs."""
+    several = cluster.replicas > 1
+    if several:
+        options = {**options, "ha_enable": True}
+    return kubernetes_manifests.manifests(
+        source,
+        _command(source, options),
+        options,
+        cluster.image,
+        replicas=cluster.replicas,
+        namespace=cluster.namespace or ("default" if several else ""),
+    )

@@ -9,6 +9,7 @@ store/memcache_meta's; how it is installed (systemd, Kubernetes) is manifests'.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -33,6 +34,8 @@ from ascend_direct.store.meta_service import MetaServiceHttp
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
 HTTP_PORT = 8000
+# What MemCache's election reads (memcache-hybrid 1.3.0).
+HA_ENVIRONMENT = ("META_POD_NAME", "META_NAMESPACE", "META_LEASE_NAME")
 LOG_DIR = "/var/log/memcache_hybrid"  # MemCache's own default
 
 
@@ -60,6 +63,22 @@ Print = Annotated[
 Image = Annotated[
     str, typer.Option("--image", help="Container image for --print kubernetes, with this package.")
 ]
+Replicas = Annotated[
+    int,
+    typer.Option(
+        "--replicas",
+        min=1,
+        help="Of --print kubernetes: with 2 and more MemCache elects a leader (tried on no "
+        "cluster: E0).",
+    ),
+]
+Namespace = Annotated[
+    str, typer.Option("--namespace", help="Of --print kubernetes; with --replicas: default.")
+]
+Ha = Annotated[
+    bool,
+    typer.Option("--ha", help=f"One of several, on Kubernetes; needs {', '.join(HA_ENVIRONMENT)}."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per event.")]
 
 
@@ -70,9 +89,12 @@ def meta(
     log_dir: LogDir = LOG_DIR,
     show: Print = None,
     image: Image = "",
+    replicas: Replicas = 1,
+    namespace: Namespace = "",
+    ha: Ha = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the pool's MetaService until SIGTERM or Ctrl-C; one per pool, and per host.
+    """Run the pool's MetaService until SIGTERM or Ctrl-C; one per host, and per pool but for --ha.
 
     Listens at memcache.meta_service_url, config_store_url and metrics_url (port 8000 of the same
     host where that is not set), with memcache.tls. Prints one line when it is ready.
@@ -82,10 +104,13 @@ def meta(
     """
     try:
         settings = _settings(config)
-        options = _options(settings, evict_above, evict_to, log_dir)
+        options = _options(settings, evict_above, evict_to, log_dir, ha)
         if show is not None:
-            typer.echo(_text(show, config, options, image), nl=False)
+            cluster = manifests.Cluster(image, replicas, namespace)
+            typer.echo(_text(show, config, options, cluster), nl=False)
             return
+        if replicas > 1:
+            raise ConfigError(["--replicas goes with --print kubernetes; a replica runs --ha."])
         reasons = _reasons_here(settings, options)
         if reasons:
             raise ConfigError(reasons)
@@ -105,7 +130,7 @@ def _settings(source: str | None) -> MemcacheConfig:
 
 
 def _options(
-    settings: MemcacheConfig, evict_above: int, evict_to: int, log_dir: str
+    settings: MemcacheConfig, evict_above: int, evict_to: int, log_dir: str, ha: bool
 ) -> dict[str, Any]:
     """MetaService's settings by its own names.
 
@@ -131,6 +156,7 @@ def _options(
         "evict_threshold_low": evict_to,
         "log_path": log_dir,
         "log_level": settings.log_level,
+        **({"ha_enable": True} if ha else {}),
     }
 
 
@@ -141,6 +167,7 @@ def _reasons_here(settings: MemcacheConfig, options: dict[str, Any]) -> list[str
     for name in ("meta_service_url", "config_store_url", "metrics_url"):
         if problem := _cannot_listen(options[name]):
             reasons.append(f"memcache.{name}: {problem}")
+    reasons += _reasons_against_election() if "ha_enable" in options else []
     folder = Path(options["log_path"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -149,6 +176,19 @@ def _reasons_here(settings: MemcacheConfig, options: dict[str, Any]) -> list[str
     else:
         if not os.access(folder, os.W_OK):
             reasons.append(f"--log-dir {folder} cannot be written: use a folder of yours.")
+    return reasons
+
+
+def _reasons_against_election() -> list[str]:
+    """What MemCache's election lacks; it would say so in its log only."""
+    missing = [name for name in HA_ENVIRONMENT if not os.environ.get(name)]
+    reasons = []
+    if missing:
+        reasons.append(
+            f"--ha: {', '.join(missing)} not set: start from what --print kubernetes writes."
+        )
+    if importlib.util.find_spec("kubernetes") is None:
+        reasons.append("--ha: MemCache's election needs it: pip install kubernetes.")
     return reasons
 
 
@@ -165,16 +205,24 @@ def _cannot_listen(url: str) -> str | None:
     return None
 
 
-def _text(show: Output, source: str | None, options: dict[str, Any], image: str) -> str:
+def _text(
+    show: Output, source: str | None, options: dict[str, Any], cluster: manifests.Cluster
+) -> str:
+    if cluster.replicas > 1 and show is not Output.kubernetes:
+        raise ConfigError([f"--replicas goes with --print kubernetes, not {show.value}."])
     if show is Output.config:
         return manifests.config_file(options)
     if source is None or not source.startswith("@/"):
         raise ConfigError([f"--print {show.value} names the file: give --config @/path/to/file."])
     if show is Output.systemd:
+        if "ha_enable" in options:
+            raise ConfigError(["--ha is for Kubernetes: give --print kubernetes --replicas 2."])
         return manifests.systemd_unit(source, options)
-    if not image:
+    if "ha_enable" in options and cluster.replicas == 1:
+        raise ConfigError(["--ha is what replicas run: give --replicas 2 or more instead."])
+    if not cluster.image:
         raise ConfigError(["--print kubernetes needs --image: one that has this package."])
-    return manifests.kubernetes(source, options, image)
+    return manifests.kubernetes(source, options, cluster)
 
 
 class _Service:
