@@ -153,6 +153,7 @@ def load_with_fault(
         audit(b)
         r.alike(b)
         storage, withheld = first.tiers["storage"], b.controller.quarantined_tokens
+        elsewhere = counts(b)["loads_elsewhere"]
         b.abort(first)
         for fault in b.store.faults.values():
             fault.release()
@@ -163,7 +164,12 @@ def load_with_fault(
         evict_all(b)
         b.controller.engine._limits = replace(b.controller.engine._limits, load_timeout_s=20.0)
         again = serve_and_store(b, TOKENS).tiers["storage"]
-        return {"storage": storage, "withheld": withheld, "again": again}
+        return {
+            "storage": storage,
+            "withheld": withheld,
+            "again": again,
+            "elsewhere": elsewhere,
+        }
 
 
 def _break_load(instance: Instance, what: str) -> None:

@@ -83,7 +83,9 @@ def test_both_ways_to_read_replicated_pages_are_tried_alike(pair) -> None:
 @pytest.mark.parametrize("what", ["lost", "raises", "crashes", "late"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_load_that_fails_on_one_rank_is_recomputed_on_both(pair, kind, what, where) -> None:
-    for rank in pair.run("load_with_fault", kind=kind, what=what, where=where):
+    ranks = pair.run("load_with_fault", kind=kind, what=what, where=where)
+    assert [rank["elsewhere"] for rank in ranks] == [int(n != where) for n in range(2)]
+    for rank in ranks:
         assert rank["storage"] == 0
         assert rank["withheld"] == (192 if what == "late" else 0)
         assert rank["again"] == 192
