@@ -23,7 +23,7 @@ from typing import Literal
 
 from ascend_direct.config import MIB, DirectConfig, MemcacheConfig, parse_bytes
 from ascend_direct.errors import ConfigError
-from ascend_direct.names import FLAG
+from ascend_direct.names import CONFIG_FLAG, FLAG
 from ascend_direct.store import memcache_host
 from ascend_direct.store.base import PageStore
 from ascend_direct.store.choice import choose_store
@@ -147,7 +147,8 @@ def configuration(source: str | None) -> tuple[DirectConfig | None, Check]:
         config = DirectConfig.load(source)
         memcache_host.warn_about_open_secrets(config.memcache.tls)
     except ConfigError as error:
-        return None, verdict("configuration", list(error.reasons), "")
+        reasons = [reason.replace(CONFIG_FLAG, "--config") for reason in error.reasons]
+        return None, verdict("configuration", reasons, "")
     finally:
         ours.removeHandler(warnings)
     if warnings.lines:

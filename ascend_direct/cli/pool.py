@@ -23,6 +23,7 @@ from rich.console import Console
 
 from ascend_direct.config import MIB, DirectConfig, MemcacheConfig, parse_bytes
 from ascend_direct.errors import ConfigError, StoreUnavailable
+from ascend_direct.names import CONFIG_FLAG
 from ascend_direct.store.base import StoreContext
 from ascend_direct.store.memcache import MemcacheStore
 
@@ -117,7 +118,12 @@ def _settings(source: str | None, flags: dict[str, Any]) -> MemcacheConfig:
 def _complain(error: ConfigError | StoreUnavailable) -> None:
     reasons = error.reasons if isinstance(error, ConfigError) else [str(error)]
     for reason in reasons:
-        typer.echo(f"ascend-direct: {reason}", err=True)
+        typer.echo(f"ascend-direct: {_in_our_words(reason)}", err=True)
+
+
+def _in_our_words(reason: str) -> str:
+    """The servers' option for the configuration has another name than these commands'."""
+    return reason.replace(CONFIG_FLAG, "--config")
 
 
 def _end(code: int) -> NoReturn:

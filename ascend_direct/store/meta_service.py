@@ -137,7 +137,8 @@ class MetaServiceHttp:
         try:
             names = asking._get("/get_all_keys", _MAX_LIST_BYTES).splitlines()
         except _NO_ANSWER as error:
-            raise StoreUnavailable("keys", f"{self._url} does not list them ({error})") from error
+            what = f"{self._url} does not list them ({error}): start it, or correct that URL."
+            raise StoreUnavailable("keys", what) from error
         finally:
             asking.close()
         return [name for name in names if name.startswith(prefix)]

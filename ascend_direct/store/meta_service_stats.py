@@ -52,7 +52,9 @@ def counters(http: MetaServiceHttp) -> dict[str, int]:
         }
     except _NO_ANSWER as error:
         raise StoreUnavailable(
-            "stats", f"MetaService does not tell its counters ({error})"
+            "stats",
+            f"MetaService does not tell its counters ({error}): start it, or correct "
+            "memcache.metrics_url.",
         ) from error
     if "keys" not in found:
         raise StoreUnavailable("stats", "/metrics/summary is not that of a MetaService")

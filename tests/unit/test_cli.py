@@ -71,7 +71,7 @@ def test_the_help_of_member_teaches_what_it_is_for_and_its_exit_codes() -> None:
         (["--dram-size", "1GB", "--protocol", "carrier_pigeon"], "memcache.protocol"),
         (["--dram-size", "1GB", "--meta-service-url", "host:1"], "is not tcp://host:port"),
         (["--dram-size", "1GB", "--world-size", "0"], "memcache.world_size"),
-        (["--dram-size", "1GB", "--config", "{"], "is not JSON"),
+        (["--dram-size", "1GB", "--config", "{"], "--config is not JSON"),
         (["--dram-size", "1GB", "--config", "@/nowhere.json"], "cannot read"),
         (["--dram-size", "1GB", "--config", '{"memcache": {"potocol": 1}}'], "did you mean"),
     ],

@@ -328,7 +328,7 @@ FAULTS: list[tuple[Callable[[Machine], None], str, str, int]] = [
     (plugin_is_not_installed, "plugin", "pip install", MACHINE),
     (plugin_is_not_allowed, "plugin allow-list", "SGLANG_PLUGINS=another,third", MACHINE),
     (option_is_unknown, "configuration", "protokol", MACHINE),
-    (config_is_not_json, "configuration", "is not JSON", MACHINE),
+    (config_is_not_json, "configuration", "--config is not JSON", MACHINE),
     (config_file_is_missing, "configuration", "cannot read the file", MACHINE),
     (config_file_may_be_changed_by_anybody, "configuration", "666", WARNING),
     (key_may_be_read_by_anybody, "configuration", "key_path has mode 644", WARNING),

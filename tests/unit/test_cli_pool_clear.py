@@ -115,7 +115,7 @@ def test_yes_is_yes(section) -> None:
         (["--namespace", "mine"], "give 16 hexadecimal digits"),
         (["--namespace", OURS, "--everything"], "give one of them"),
         (["--config", '{"store": "redis"}'], "'redis' is not installed"),
-        (["--config", "{"], "is not JSON"),
+        (["--config", "{"], "--config is not JSON"),
     ],
 )
 def test_a_mistake_exits_with_2_before_anything_is_asked(section, arguments, words) -> None:
