@@ -4,7 +4,8 @@
 """Pages of real models: how many fragments of which size one page has on one rank.
 
 The layers, heads and dimensions are those of the models' published config.json. Pages have 128
-tokens, which is what SGLang's NPU back end uses, and 2-byte elements.
+tokens, which is what SGLang's NPU back end uses, and 2-byte elements. `CURVE` has small pages, so
+that thousands of them fit into memory.
 """
 
 from __future__ import annotations
@@ -42,14 +43,17 @@ class Shape:
         return self.layers * sum(size for _, size in self.parts)
 
 
-def gqa(name: str, layers: int, kv_heads: int, head_dim: int) -> Shape:
+def gqa(
+    name: str, layers: int, kv_heads: int, head_dim: int, page_tokens: int = PAGE_TOKENS
+) -> Shape:
     """K and V of each layer, `kv_heads` of them on this rank."""
-    size = PAGE_TOKENS * kv_heads * head_dim * ITEM_BYTES
+    size = page_tokens * kv_heads * head_dim * ITEM_BYTES
     return Shape(name, layers, (("k", size), ("v", size)))
 
 
 def mla(name: str, layers: int, lora_rank: int, rope_dim: int) -> Shape:
-    """The latent and the rotary part of each layer, as the NPU pool keeps them apart."""
+    """The latent and the rotary part of each layer, as the NPU pool keeps them apart; the same on
+    each of any number of ranks."""
     sizes = tuple(PAGE_TOKENS * dim * ITEM_BYTES for dim in (lora_rank, rope_dim))
     return Shape(name, layers, (("latent", sizes[0]), ("rope", sizes[1])))
 
@@ -62,8 +66,10 @@ SHAPES = {
         gqa("qwen3-32b-tp2", layers=64, kv_heads=4, head_dim=128),
         gqa("qwen3-32b-tp1", layers=64, kv_heads=8, head_dim=128),
         mla("deepseek-r1", layers=61, lora_rank=512, rope_dim=64),
+        gqa("0.5b-16-token-pages", layers=24, kv_heads=2, head_dim=64, page_tokens=16),
     )
 }
+CURVE = "0.5b-16-token-pages"
 
 
 class Pool:

@@ -1,142 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The ascend_direct authors
 
-"""How fast pages move, against the bare MemCache call and against a plain copy.
+"""What the cache adds to MemCache: to moving pages, to lookups, and to the scheduler's thread.
 
-Owns the pool, the choice of cases and what is shown. Times come from `bench.transfer_worker`.
+Owns the options and the order of parts. What a part does is transfer_parts', what comes of it
+transfer_report's; times are taken in worker processes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from two_instances.cluster import MemcachePool
 
-from bench.shapes import SHAPES
-from bench.transfer_worker import Task
+from bench import transfer_report
+from bench.shapes import CURVE, SHAPES
+from bench.transfer_parts import Run, WorkerFailed
 
 ROOT = Path(__file__).resolve().parents[2]
-GIB = 2**30
-Line = dict[str, Any]
+PARTS = ("moves", "curve", "lookups", "members", "thread")
+MODELS = [name for name in SHAPES if name != CURVE]
+DESCRIPTION = """\
+Measure what the plugin adds to MemCache. On the driver emulation the figures say what one way adds
+to another on the same machine, never how fast an NPU is.
+
+parts:
+  moves    pages of real models' shapes: load() and store() against one bare memcache_hybrid call
+           with its arguments ready, and against a plain copy of the same fragments on one thread
+  curve    the same for small pages (192 KiB in 48 fragments), from 1 to 4,096 of them
+  lookups  questions to pools with 10^4, 10^5 and 10^6 keys, asked in turns; the memory of beliefs
+  members  where the pages of one put go, in a pool of two members
+  thread   what the cache takes from SGLang's scheduler thread: the real radix cache and controller,
+           native calls subtracted; "match" is all that SGLang does in a round for one waiting
+           request, "our lookup" what is ours in it"""
+EPILOG = """\
+Within a round each way moves the same pages once, in an order that turns; bytes are compared before
+a time counts. Ratios are taken within rounds, and their median is shown: a slow second hits both.
+
+other ways of the part moves:
+  bare get, other thread   the bare call handed to a thread and waited for: what any deadline costs
+  bare get xN              N bare calls at a time, each with a share of the pages (--in-flight)
+  load, N MiB a call       the plugin's load with another batch_bytes (--other-batches-mib)
+  load, packed             with transfer: packed, which host memory does not need (--packed)
+
+examples:
+  scripts/bench/transfer                          # all of it; 6 minutes on two quiet cores, 14 GB
+  scripts/bench/transfer --parts moves --shapes deepseek-r1 --pages 8 32 --in-flight 1 2 4
+  scripts/bench/transfer --parts lookups --stored 10000 100000
+  scripts/bench/transfer --report                 # show again what --out holds
+
+It writes transfer.jsonl (every time taken), report.md, report.png and the workers' logs to --out.
+Ctrl-C reports what was measured until then."""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Options of scripts/bench/transfer."""
     parser = argparse.ArgumentParser(
         prog="scripts/bench/transfer",
-        description="Move pages of real models' shapes through a MemCache pool: by the plugin "
-        "(load, store), by the bare memcache_hybrid call, and by a plain copy of the same "
-        "fragments on one thread. All of it in one run, round by round, bytes compared before a "
-        "time counts. On the driver emulation the figures say what the plugin adds, never how "
-        "fast an NPU is.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="models", metavar="NAME")
-    add("--pages", nargs="+", type=int, default=[1, 8, 32], help="pages of one transfer")
-    add("--max-bytes", type=int, default=512 * 2**20, help="leave out transfers larger than this")
-    add("--rounds", type=int, default=9, help="repetitions; the median is shown")
-    add("--in-flight", nargs="+", type=int, default=[1, 2], help="bare gets at a time")
-    add("--batch-bytes", type=int, default=None, help="the plugin's batch_bytes; its default")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="see above")
+    add("--shapes", nargs="+", choices=MODELS, default=MODELS, metavar="NAME", help=f"of {MODELS}")
+    add("--pages", nargs="+", type=int, default=[1, 8, 32], help="of one transfer (1 8 32)")
+    add("--max-mib", type=int, default=512, help="leave out larger transfers (512)")
+    add("--rounds", type=int, default=9, help="repetitions; medians are shown (9)")
+    add("--in-flight", nargs="+", type=int, default=[1, 2, 4], help="bare gets at a time (1 2 4)")
+    add("--batch-mib", type=int, default=None, help="the plugin's batch_bytes; its default")
+    add("--other-batches-mib", nargs="*", type=int, default=[16, 64], help="also these (16 64)")
+    packed = ["qwen2.5-0.5b", "deepseek-r1"]
+    add("--packed", nargs="*", choices=MODELS, default=packed, help=f"also packed ({packed})")
+    powers = [4**power for power in range(7)]
+    add("--curve", nargs="+", type=int, default=powers, help="pages of the curve (1 4 … 4096)")
+    stored = [10**4, 10**5, 10**6]
+    add("--stored", nargs="+", type=int, default=stored, help="keys in pools (10^4 10^5 10^6)")
+    add("--asked", nargs="+", type=int, default=[54, 1024], help="keys of a lookup (54 1024)")
+    add("--lookup-rounds", type=int, default=40, help="questions of each kind (40)")
+    add("--thread-pages", nargs="+", type=int, default=[54, 1024], help="of a prompt (54 1024)")
+    add("--report", action="store_true", help="measure nothing, show what --out holds")
     add("--out", type=Path, default=ROOT / ".demo" / "bench", help="where the files go")
     return parser.parse_args(argv)
 
 
-def measure(options: argparse.Namespace, console: Console) -> list[Line]:
-    """Run a worker per shape on one pool; raises CalledProcessError with the worker's log shown."""
-    from ascend_direct.config import DirectConfig
-
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "transfer.jsonl"
-    path.unlink(missing_ok=True)
-    pool = MemcachePool(member_size="4GB")
-    try:
-        pool.start()
-        for number, name in enumerate(options.shapes, 1):
-            pages = [n for n in options.pages if n * SHAPES[name].page_bytes <= options.max_bytes]
-            console.print(f"\\[{number}/{len(options.shapes)}] {name}: {pages} pages")
-            batch_bytes = options.batch_bytes or DirectConfig.load({}, {}).batch_bytes
-            task = Task(pool.options(), name, pages, options.rounds, options.in_flight, batch_bytes)
-            _work(task, path, pool.environment(), options.out / f"{name}.log", console)
-    finally:
-        pool.stop()
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _work(
-    task: Task, path: Path, environment: dict[str, str], log_path: Path, console: Console
-) -> None:
-    command = [sys.executable, "-m", "bench.transfer_worker", json.dumps(asdict(task)), str(path)]
-    with log_path.open("wb") as log:
-        done = subprocess.run(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment, "PYTHONPATH": str(ROOT / "scripts")},
-            check=False,
-        )
-    if done.returncode:
-        console.print("\n".join(log_path.read_text(errors="replace").splitlines()[-20:]))
-        raise subprocess.CalledProcessError(done.returncode, command[:3])
-
-
-def print_table(lines: Sequence[Line], console: Console) -> None:
-    """Bandwidths, and the ratios that matter."""
-    table = Table(title="GiB/s, medians; ÷ is against the bare call in the same round")
-    table.add_column("page of", no_wrap=True)
-    for name in ("n", "memcpy", "get", "load", "÷", "put", "store", "÷", "gets at a time"):
-        table.add_column(name, justify="right")
-    for line in lines:
-        shape, seconds = SHAPES[line["shape"]], line["seconds"]
-        size = line["pages"] * shape.page_bytes / GIB
-        rate = {name: f"{size / statistics.median(took):.1f}" for name, took in seconds.items()}
-        several = [n for n in seconds if n.startswith("bare get x")]
-        table.add_row(
-            shape.name,
-            str(line["pages"]),
-            *(rate[name] for name in ("memcpy", "bare get", "load")),
-            f"{ratio(seconds, 'bare get', 'load'):.2f}",
-            *(rate[name] for name in ("bare put", "store")),
-            f"{ratio(seconds, 'bare put', 'store'):.2f}",
-            ", ".join(f"{n[9:]}: {ratio(seconds, 'bare get', n):.2f}" for n in several),
-        )
-    console.print(table)
-
-
-def ratio(seconds: dict[str, list[float]], base: str, name: str) -> float:
-    """How much of `base`'s speed `name` has: the median over rounds, so that noise common to a
-    round cancels."""
-    return statistics.median(b / n for b, n in zip(seconds[base], seconds[name], strict=True))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run it; 130 on Ctrl-C, what was measured until then is in the file."""
+    """0: measured and reported; 1: a worker failed; 130: interrupted."""
     options = parse(argv)
-    console = Console()
-    begin_s = time.monotonic()
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell may have started us deaf to Ctrl-C
+        signal.signal(number, signal.default_int_handler)
+    console = Console(highlight=False)
+    options.out.mkdir(parents=True, exist_ok=True)
+    begin_s, code = time.monotonic(), 0
+
+    def say(text: str) -> None:
+        console.print(f"{time.monotonic() - begin_s:4.0f} s  {text}", markup=False)
+
+    run = Run(options, say)
     try:
-        lines = measure(options, console)
+        if not options.report:
+            _measure(run, options)
     except KeyboardInterrupt:
         console.print("interrupted")
-        return 130
-    except subprocess.CalledProcessError as error:
-        console.print(f"[red]a worker ended with {error.returncode}; its log is above[/]")
-        return 1
-    print_table(lines, console)
-    console.print(f"{options.out / 'transfer.jsonl'}, {time.monotonic() - begin_s:.0f} s")
-    return 0
+        code = 130
+    except WorkerFailed as error:
+        console.print(f"FAILED: {error}", style="red", markup=False)
+        code = 1
+    if run.path.exists():
+        for file in transfer_report.write(run.path, options.out, console):
+            console.print(str(file), soft_wrap=True)
+    say("done" if not code else "ended early")
+    return code
+
+
+def _measure(run: Run, options: argparse.Namespace) -> None:
+    """The chosen parts, in a new file."""
+    run.path.unlink(missing_ok=True)
+    date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    load = [round(value, 1) for value in os.getloadavg()]
+    run.add({"kind": "run", "date": date, "load": load, "rounds": options.rounds})
+    for part in PARTS:
+        if part in options.parts:
+            getattr(run, part)()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,27 @@ from ascend_direct.device import PASSED, Device
 from ascend_direct.metrics import Metrics
 from ascend_direct.store.base import Memory, StoreContext
 from ascend_direct.store.memcache import DIRECTIONS, MemcacheStore
+from ascend_direct.store.packed import PackedStore
+from ascend_direct.store.page_packer import HostBlock
 from ascend_direct.transfer import StoreJob, TransferEngine, TransferLimits
+from ascend_direct.transfer.courier import Courier
 from bench.shapes import SHAPES, Pool
 
 PUT, GET = DIRECTIONS[Memory.HOST]
 CALL_TIMEOUT_S = 120.0
+MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one worker is to do; crosses to it as JSON."""
+    """What one worker is to do; crosses to it as JSON.
+
+    Attributes:
+        in_flight: bare gets at a time, each number a way of its own.
+        batch_bytes: of the plugin's loads and stores.
+        other_batches: further sizes, each a way to load of its own.
+        packed: also load with each page packed into one piece, on the way.
+    """
 
     config: dict[str, Any]
     shape: str
@@ -43,6 +54,21 @@ class Task:
     rounds: int
     in_flight: list[int]
     batch_bytes: int
+    other_batches: list[int] = field(default_factory=list)
+    packed: bool = False
+
+
+class Joined:
+    """A store that is open already, for decorators that would open it."""
+
+    def __init__(self, store: MemcacheStore) -> None:
+        self._store = store
+
+    def open(self, context: StoreContext) -> None:
+        """It has joined the pool."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
 
 
 class Case:
@@ -57,15 +83,45 @@ class Case:
         self._rows = self.pool.layout.addresses(self.numbers).tolist()
         self._sizes = [list(self.pool.layout.lengths_bytes)] * pages
         self._mirror = [np.empty((pages, b.shape[1]), np.uint8) for b in self.pool.buffers]
-        limits = TransferLimits(
-            CALL_TIMEOUT_S, CALL_TIMEOUT_S, CALL_TIMEOUT_S, 1 << 40, task.batch_bytes
-        )
-        self.engine = TransferEngine(
-            store, self.pool.layout, Device("cpu"), limits, Metrics(), lambda keys: None
-        )
-        self.engine.start()
+        self.engine = self._engine(store, task.batch_bytes)
+        # Other ways to load, by name.
+        self._loads = {
+            f"load, {size // MIB} MiB a call": self._engine(store, size)
+            for size in task.other_batches
+            if size < pages * SHAPES[task.shape].page_bytes
+        }
+        if task.packed:
+            packed: Any = PackedStore(
+                Joined(store),  # type: ignore[arg-type]
+                "packed",
+                HostBlock,
+                self.pool.layout.lengths_bytes,
+            )
+            packed.open(StoreContext())
+            self._loads["load, packed"] = self._engine(packed, task.batch_bytes)
+        self._in_flight = [n for n in task.in_flight if 1 < n <= pages]
+        self._other_thread = Courier("bench", lambda: None)
+        self._other_thread.start()
         self.pool.fill(self._rng)
         self._expected = self.pool.checksum(self.numbers)
+
+    def _engine(self, store: Any, batch_bytes: int) -> TransferEngine:
+        limits = TransferLimits(
+            CALL_TIMEOUT_S, CALL_TIMEOUT_S, CALL_TIMEOUT_S, 1 << 40, batch_bytes
+        )
+        engine = TransferEngine(
+            store, self.pool.layout, Device("cpu"), limits, Metrics(), lambda keys: None
+        )
+        engine.start()
+        return engine
+
+    def end(self) -> None:
+        """End the threads; the store stays open."""
+        for engine in (self.engine, *self._loads.values()):
+            engine.stores.stop()
+            engine._loading.stop()
+            engine._asking.stop()
+        self._other_thread.stop()
 
     # ---- writes ----------------------------------------------------------------------------
 
@@ -114,17 +170,28 @@ class Case:
         _demand(codes == [0] * len(keys), f"get answered {set(codes)}")
         return took_s
 
-    def load(self, keys: Sequence[str]) -> float:
+    def handed_over(self, keys: Sequence[str]) -> float:
+        """The bare call on another thread, waited for: what any deadline costs."""
+        call = (list(keys), self._rows, self._sizes)
+        begin_s = time.perf_counter()
+        ticket = self._other_thread.call(
+            lambda ticket: self._native.batch_get_into_layers(*call, GET), CALL_TIMEOUT_S
+        )
+        took_s = time.perf_counter() - begin_s
+        _demand(ticket is not None and list(ticket.result()) == [0] * len(keys), "get failed")
+        return took_s
+
+    def load(self, keys: Sequence[str], engine: TransferEngine | None = None) -> float:
         """What a request waits for."""
         begin_s = time.perf_counter()
-        outcome = self.engine.load(list(keys), lambda: self.numbers, PASSED)
+        outcome = (engine or self.engine).load(list(keys), lambda: self.numbers, PASSED)
         took_s = time.perf_counter() - begin_s
         _demand(outcome.landed, "a load was refused")
         return took_s
 
     # ---- rounds ----------------------------------------------------------------------------
 
-    def round(self, number: int, in_flight: Sequence[int]) -> dict[str, float]:
+    def round(self, number: int) -> dict[str, float]:
         """Each way once; seconds by name."""
         keys = [f"bench:{number}:{page}" for page in self.numbers]
         own = [f"{key}:own" for key in keys]
@@ -135,11 +202,13 @@ class Case:
         ]
         reads: list[tuple[str, Callable[[], float]]] = [
             ("bare get", lambda: self.bare_get(keys)),
+            ("bare get, other thread", lambda: self.handed_over(keys)),
             ("load", lambda: self.load(own)),
         ]
-        for threads in in_flight:
-            if 1 < threads <= len(keys):
-                reads.append((f"bare get x{threads}", lambda t=threads: self.bare_get(keys, t)))  # type: ignore[misc]
+        for name, engine in self._loads.items():
+            reads.append((name, lambda e=engine: self.load(own, e)))  # type: ignore[misc]
+        for threads in self._in_flight:
+            reads.append((f"bare get x{threads}", lambda t=threads: self.bare_get(keys, t)))  # type: ignore[misc]
         times = {name: call() for name, call in _turned(writes, number)}
         for name, call in _turned(reads, number):
             self.pool.clear()
@@ -170,10 +239,11 @@ def main(arguments: str, out_path: str) -> None:
         with Path(out_path).open("a", encoding="utf-8") as out:
             for pages in task.pages:
                 case = Case(store, task, pages)
-                case.round(0, task.in_flight)  # first touches of memory and of the pool
-                rounds = [case.round(n, task.in_flight) for n in range(1, task.rounds + 1)]
+                case.round(0)  # first touches of memory and of the pool
+                rounds = [case.round(n) for n in range(1, task.rounds + 1)]
+                case.end()
                 times = {name: [r[name] for r in rounds] for name in rounds[0]}
-                line = {"shape": task.shape, "pages": pages, "seconds": times}
+                line = {"kind": "move", "shape": task.shape, "pages": pages, "seconds": times}
                 out.write(json.dumps(line) + "\n")
                 out.flush()
     finally:
