@@ -281,7 +281,9 @@ class DirectConfig(_Section):
         "dropped and counted.",
     )
     batch_bytes: Bytes = Field(
-        64 * MIB, description="Bytes per native call, so that one call stays short."
+        256 * MIB,
+        description="Bytes per native call: each call costs a question to MetaService, and a load "
+        "that is given up ends with its call.",
     )
     model_id: str = Field(
         "", description="Name of the weights in page keys; empty: derived from the weight files."

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ascend_direct.beliefs import Beliefs
-from ascend_direct.config import DirectConfig
+from ascend_direct.config import MIB, DirectConfig
 from ascend_direct.device import Device
 from ascend_direct.errors import ConfigError, LayoutError
 from ascend_direct.integration.heads import HeadRange, stored_by_heads
@@ -30,6 +30,9 @@ from ascend_direct.store.choice import choose_store
 from ascend_direct.store.packed import with_transfer
 from ascend_direct.store.verified import VerifiedStore
 from ascend_direct.transfer import TransferEngine, TransferLimits
+
+# Of one step of ranks that share pages; staging takes device memory, twice as much.
+EXCHANGE_BYTES = 64 * MIB
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,8 @@ def _exchange(
 
     on_cpu = str(pool.device).startswith("cpu")
     group = params.attn_tp_cache_group if on_cpu else get_attn_tp_group().device_group
-    exchange = Exchange(page_views(pool, layout), group, shard, config.batch_bytes)
+    step_bytes = min(config.batch_bytes, EXCHANGE_BYTES)
+    exchange = Exchange(page_views(pool, layout), group, shard, step_bytes)
     exchange.warm_up()
     return exchange
 
