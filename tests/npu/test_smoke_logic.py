@@ -46,6 +46,22 @@ def test_emulated_every_step_passes_and_the_report_says_that_it_is_no_npu(tmp_pa
     assert report["versions"]["sglang"]
 
 
+def test_an_interpreter_without_the_package_is_told_from_a_failure(tmp_path: Path) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "scripts" / "npu_smoke", "--help"],
+        env={**os.environ, "PYTHON": str(bare), "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "set PYTHON" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.sglang
 def test_a_failed_step_fails_the_run_and_so_does_no_step_at_all() -> None:
     from smoke.__main__ import Smoke, parse
