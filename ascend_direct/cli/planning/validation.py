@@ -28,7 +28,7 @@ def sentence(found: dict[str, Any]) -> str:
     if not found:
         return NOT_VALIDATED
     figures = [
-        f"{f['name']} measured {f['measured']:g}{f['unit']}, predicted {f['predicted']:g}"
+        f"{f['name']} measured {f['measured']:,}{f['unit']}, predicted {f['predicted']:,}"
         f"{f['unit']} ({f['percent']:+.1f} %)"
         for f in found["figures"]
     ]
