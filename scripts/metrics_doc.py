@@ -34,7 +34,8 @@ cache. Without it nothing is exported and prometheus_client is not imported.
 * A page of a GQA pool with `heads_per_object` counts once per object.
 * A refused load is counted under one cause: `loads_failed` (of which `loads_missing`; with `verify`
   also `loads_corrupt`), `loads_late`, `loads_fence_late`, `loads_busy`, `loads_not_tried`,
-  `loads_elsewhere`, `loads_detached`.
+  `loads_elsewhere`, `loads_detached`. A read ahead that was given up (`loads_late`) is counted
+  again by what became of it when its call returned.
 
 `docs/grafana/ascend_direct.json` is a dashboard (Grafana → Dashboards → Import),
 `docs/grafana/alerts.yaml` holds rules for Prometheus.
@@ -49,7 +50,7 @@ OF_SGLANG = {
     "sglang:load_back_bytes_total": "bytes loaded; sum over ranks",
     "sglang:load_back_duration_seconds": "as `ascend_direct_load_seconds`, in SGLang's buckets",
     "sglang:prefetched_tokens_total": "as `sglang:load_back_tokens_total`",
-    "sglang:prefetch_pgs": "pages of a load",
+    "sglang:prefetch_pgs": "pages of a load; with MLA a rank's share",
     "sglang:prefetch_bandwidth": "GB/s of a load",
     "sglang:backuped_tokens_total": "tokens stored; with MLA a rank's share",
     "sglang:backup_pgs": "pages of a store, without those that the pool had",
@@ -58,8 +59,8 @@ OF_SGLANG = {
 TAIL = """
 ## SGLang's own
 
-Dashboards made for HiCache show the pool as its storage: SGLang feeds these for HiCache and not for
-linkers, so this package does. One copy goes straight from pool to device, and counts as both of
+Dashboards made for HiCache show the pool as its storage. All but the first two SGLang feeds for
+HiCache and not for linkers, so this package does. One copy goes straight from pool to device, and counts as both of
 HiCache's, storage to host and host to device. Those of the storage have the label
 `storage_backend="ascend_direct"`. `sglang:hicache_backup_…` stay empty: nothing is copied to a
 host tier.
