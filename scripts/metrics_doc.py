@@ -60,8 +60,8 @@ TAIL = """
 ## SGLang's own
 
 Dashboards made for HiCache show the pool as its storage. All but the first two SGLang feeds for
-HiCache and not for linkers, so this package does. One copy goes straight from pool to device, and counts as both of
-HiCache's, storage to host and host to device. Those of the storage have the label
+HiCache and not for linkers, so this package does. One copy goes straight from pool to device, and
+counts as both of HiCache's, storage to host and host to device. Those of the storage have the label
 `storage_backend="ascend_direct"`. `sglang:hicache_backup_…` stay empty: nothing is copied to a
 host tier.
 
