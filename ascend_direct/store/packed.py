@@ -69,8 +69,8 @@ class PackedStore(PageStore):
         mode: whether to pack, or to measure that.
         make_block: makes a block of so many bytes in the memory that the pages are in.
         lengths_bytes: the fragments of an object, to try the blocks out and to measure.
-        bind_thread: makes the device current for the thread that measures.
         block_bytes: of each block; a batch that does not fit is moved in several calls.
+        bind_thread: makes the device current for the thread that measures.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class PackedStore(PageStore):
         mode: Literal["auto", "packed"],
         make_block: MakeBlock,
         lengths_bytes: Sequence[int],
-        bind_thread: Callable[[], None],
         block_bytes: int = BLOCK_BYTES,
+        bind_thread: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = store.name
         self._store = store
@@ -307,4 +307,5 @@ def with_transfer(
 
         return DeviceBlock(size_bytes, Accelerator(device.kind, device.index))
 
-    return PackedStore(store, mode, make_block, layout.lengths_bytes, device.bind_thread)
+    lengths_bytes = layout.lengths_bytes
+    return PackedStore(store, mode, make_block, lengths_bytes, bind_thread=device.bind_thread)

@@ -53,10 +53,6 @@ class SpanStore(MemoryStore):
         return super().put(keys, pages)
 
 
-def no_device() -> None:
-    """Nothing to make current."""
-
-
 class SlowBlock(HostBlock):
     """A device that copies slowly."""
 
@@ -85,7 +81,7 @@ class TestPackedOverMemory(StoreContract):
     @pytest.fixture
     def store_factory(self, pool: MemoryPool) -> StoreFactory:
         def make(context: StoreContext) -> PageStore:
-            store = PackedStore(MemoryStore(pool), "packed", HostBlock, LENGTHS, no_device, 4096)
+            store = PackedStore(MemoryStore(pool), "packed", HostBlock, LENGTHS, 4096)
             store.open(context)
             assert store.packs
             return store
@@ -98,7 +94,7 @@ class TestPackedOverLocal(StoreContract):
     def store_factory(self, tmp_path: Path) -> StoreFactory:
         def make(context: StoreContext) -> PageStore:
             inner = create({"path": str(tmp_path), "size_bytes": 64 << 20})
-            store = PackedStore(inner, "packed", HostBlock, LENGTHS, no_device)
+            store = PackedStore(inner, "packed", HostBlock, LENGTHS)
             store.open(context)
             return store
 
@@ -110,9 +106,9 @@ def opened(
     mode: str,
     context: StoreContext = DEVICE,
     make_block: MakeBlock = HostBlock,
-    bind_thread: Callable[[], None] = no_device,
+    bind_thread: Callable[[], None] = lambda: None,
 ) -> PackedStore:
-    made = PackedStore(store, mode, make_block, LENGTHS, bind_thread)  # type: ignore[arg-type]
+    made = PackedStore(store, mode, make_block, LENGTHS, bind_thread=bind_thread)  # type: ignore
     made.open(context)
     return made
 
@@ -180,7 +176,7 @@ def test_what_cannot_be_packed_is_left_to_the_store(
     pool: MemoryPool, rng: np.random.Generator
 ) -> None:
     inner = SpanStore(pool, 0, 0)
-    store = PackedStore(inner, "packed", HostBlock, LENGTHS, no_device, 4096)
+    store = PackedStore(inner, "packed", HostBlock, LENGTHS, 4096)
     store.open(StoreContext())
     large = Arena().place(1, (4096, 16), rng)
     assert store.put(new_keys(1), large) == [OK]
@@ -332,7 +328,7 @@ def test_a_pool_that_is_tried_again_is_told_of_the_same_blocks(pool: MemoryPool)
             super().open(context)
 
     inner = LateStore(pool)
-    store = PackedStore(inner, "packed", HostBlock, LENGTHS, no_device)
+    store = PackedStore(inner, "packed", HostBlock, LENGTHS)
     for _ in range(2):
         with pytest.raises(StoreUnavailable):
             store.open(DEVICE)
