@@ -180,9 +180,9 @@ class _Trial:
         page_bytes = self._call_bytes // self._pages
         self._store.open(StoreContext(memory=memory, page_bytes=page_bytes, regions=regions))
         clear = f"ascend-direct pool clear --namespace {self.namespace}"
-        typer.echo(f"pages under {self.namespace}; if this is killed: {clear}", err=True)
         put, get, interrupted = Way(self._call_bytes), Way(self._call_bytes), False
         try:
+            typer.echo(f"pages under {self.namespace}; if this is killed: {clear}", err=True)
             self._drive(put, seconds, iter(range(self._most_calls)), self._put)
             self._drive(get, seconds, self._again(), self._get)
         except KeyboardInterrupt:
