@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from ascend_direct.cli.planning.traces import Trace
 from ascend_direct.config import parse_bytes
 from measured_plan import compare, replay
 from measured_plan.calibrate import Calibration, NotAsExpected
+from measured_plan.others import Others
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH_TOKENS = 8192
@@ -62,7 +63,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--pool-size", default="128MB", help="memory of the pool's member")
     add("--page-size", type=int, default=64, help="tokens of a page")
     add("--lengths", type=int, nargs="+", default=[512, 1280, 2304, 3584], help="of the probes")
-    add("--rounds", type=int, default=3, help="of probes and replay, in turns; medians count")
+    add("--rounds", type=int, default=5, help="of probes and replay, in turns; medians count")
     add("--seed", type=int, default=1, help="of the trace")
     add("--one-by-one", action="store_true", help="each request after the one before: no queues")
     add("--limit-percent", type=float, default=15.0, help="largest deviation")
@@ -98,6 +99,7 @@ class Check:
     trace: Trace
     fleet: Fleet
     say: Callable[[str], None]
+    others_percent: list[float] = field(default_factory=list)
 
     def rounds(self) -> tuple[Calibration, Trace, list[list[replay.Answered]]]:
         """Probes and replay in turns, so that a slow minute of the machine is in both."""
@@ -114,7 +116,9 @@ class Check:
             if not number and not options.one_by_one:
                 timed = replay.at_pace(self.trace, self.gap_s(calibration.costs()), options.seed)
             self.say(f"round {number + 1} of {options.rounds}: {len(timed.requests)} requests")
+            others = Others()
             answers.append(self.replay(timed))
+            self.others_percent.append(round(others.percent(), 1))
             self.settle()
             self.clear()
         return calibration, timed, answers
@@ -179,7 +183,8 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
         log_dir=options.out / "logs",
         progress=say,
     ) as cluster:
-        calibration, timed, answers = Check(options, cluster, trace, fleet, say).rounds()
+        check = Check(options, cluster, trace, fleet, say)
+        calibration, timed, answers = check.rounds()
     costs = calibration.costs(f"measured by scripts/plan_check, {time.strftime('%Y-%m-%d')}")
     outcome = Simulation(timed, fleet, costs).run()
     (options.out / "costs.json").write_text(costs.model_dump_json() + "\n", encoding="utf-8")
@@ -187,6 +192,8 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
     predicted = planned(options, model)
     return {
         **_told(options, timed, answers, predicted),
+        # In each round's replay, of all cores.
+        "other_programs_percent": check.others_percent,
         # Request by request: tokens from the device, from the pool, seconds.
         "predicted": list(
             zip(outcome.device_tokens, outcome.loaded_tokens, outcome.ttft_s, strict=True)
@@ -207,7 +214,6 @@ def _told(
         "command": "scripts/plan_check",
         "limit_percent": options.limit_percent,
         "figures": compare.rounded(compare.figures(trace, replay.median(answers), predicted)),
-        "load": [round(value, 1) for value in os.getloadavg()],
         "requests": len(trace.requests),
         "span_s": trace.span_s,
         "prompt_tokens": trace.prompt_tokens,
@@ -255,6 +261,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     limit = options.limit_percent
     console.print(compare.table(result["figures"], limit))
+    busy = ", ".join(f"{percent:g}" for percent in result["other_programs_percent"])
+    console.print(f"other programs took so many percent of the cores in the rounds: {busy}")
     console.print(f"costs.json and trace.jsonl for plan, result.json: {options.out}")
     if options.record:
         kept = ("date", "command", "limit_percent", "figures")

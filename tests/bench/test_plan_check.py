@@ -9,6 +9,8 @@ Times of a small model on a busy machine say nothing; the full run's are in docs
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 from measured_plan import __main__ as plan_check
 from measured_plan import calibrate, compare, replay
 from measured_plan.calibrate import Probe
+from measured_plan.others import Others
 
 from ascend_direct.cli.planning.traces import Request, Trace
 
@@ -58,6 +61,15 @@ def test_a_figure_outside_the_limit_is_marked() -> None:
     found = compare.rounded([compare.Figure("a", " ms", 100, 120), compare.Figure("b", "", 0, 0)])
     assert [figure["percent"] for figure in found] == [20, 0]
     assert "| a | 100 ms | 120 ms | +20.0 % |" in compare.markdown(found)
+
+
+def test_cpu_time_of_other_programs_is_told_from_our_own() -> None:
+    others, begin_s = Others(), time.monotonic()
+    end_s = time.process_time() + 0.5
+    while time.process_time() < end_s:
+        pass
+    percent, cores_s = others.percent(), (time.monotonic() - begin_s) * (os.cpu_count() or 1)
+    assert 0 <= percent <= 100 * (1 - 0.5 / cores_s) + 5
 
 
 @pytest.mark.e2e
