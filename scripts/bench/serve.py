@@ -66,7 +66,7 @@ once misses what was just computed, or starts before its pages are there, and re
 host <-> device copies on a CPU are ours (scripts/bench/hicache_server.py), one torch copy each.
 
 Ctrl-C keeps what was measured and reports it; --resume goes on. Expect {servers} servers of 1.7 to
-2.0 GiB and four pools, 21 GiB in all; 2 minutes of start-up per model, and about 1.5 minutes per
+2.0 GiB and four pools, 20 GiB in all; 2 minutes of start-up per model, and about 1.5 minutes per
 round and model."""
 
 

@@ -66,6 +66,7 @@ class Goal:
 
     Attributes:
         by_round: what `value` is the median of; empty where it is no median.
+        unknown: what is shown where there is no value.
     """
 
     text: str
@@ -73,6 +74,7 @@ class Goal:
     value: float | None
     at_least: bool = False
     by_round: Sequence[float] = ()
+    unknown: str = "not measured"
 
     @property
     def met(self) -> bool | None:
@@ -153,9 +155,14 @@ def _hit_goals(figures: Figures, model: str, ours: str, reuse: int, limit: float
         cells = (hit, single(model, system, "cross", reuse), l1)
         added = _median(figures.over_rounds(lambda a, _, c: a - c, *cells))
         theirs = _median(figures.over_rounds(lambda _, b, c: b - c, *cells))
+        text = f"{where}what a pool hit adds to an L1 hit, ours ÷ {name}"
         # Of medians: in a single round, noise can make what a rival adds nothing or less.
-        share = None if added is None or theirs is None or theirs <= 0 else added / theirs
-        yield Goal(f"{where}what a pool hit adds to an L1 hit, ours ÷ {name}", 0.5, share)
+        if added is None or theirs is None:
+            yield Goal(text, 0.5, None)
+        elif theirs <= 0:
+            yield Goal(text, 0.5, None, unknown=f"{name} added nothing measurable")
+        else:
+            yield Goal(text, 0.5, added / theirs)
 
 
 # ---- markdown ---------------------------------------------------------------------------------
@@ -218,7 +225,7 @@ def least_hit_share(run: Mapping[str, Any], taken: Sequence[Sample]) -> float | 
 
 
 def _row(goal: Goal) -> list[str]:
-    value = "not measured" if goal.value is None else f"{goal.value:.2f}"
+    value = goal.unknown if goal.value is None else f"{goal.value:.2f}"
     if goal.by_round:
         low, _, high = quartiles(goal.by_round)
         value += f" ({low:.2f}–{high:.2f})"

@@ -92,6 +92,7 @@ def test_ours_is_not_called_better_than_a_rival_that_adds_nothing() -> None:
     goals = {goal.text: goal for goal in serve_report.goals(serve_report.Figures(taken), "ours")}
     added = goals["gqa, 100 % reuse: what a pool hit adds to an L1 hit, ours ÷ HiCache"]
     assert (added.value, added.met) == (None, None)
+    assert added.unknown == "HiCache added nothing measurable"
 
 
 def test_the_report_shows_how_far_the_rounds_are_apart() -> None:
