@@ -54,7 +54,9 @@ DeviceTokens = Annotated[
 ]
 PoolSize = Annotated[str, typer.Option(help="Memory of all pool members together.")]
 PageSize = Annotated[int, typer.Option(min=1, max=1024, help="Tokens of a page.")]
-MinLoad = Annotated[int, typer.Option("--min-load-tokens", min=1, help="As in the servers.")]
+MinLoad = Annotated[
+    int, typer.Option("--min-load-tokens", min=1, help="Shorter pool hits are computed.")
+]
 TraceFile = Annotated[
     Path | None, typer.Option("--trace", help="Requests, as Mooncake's traces (JSON lines).")
 ]
@@ -62,7 +64,11 @@ BlockTokens = Annotated[int, typer.Option(min=1, help="Tokens a hash id of the t
 InSeconds = Annotated[bool, typer.Option("--seconds", help="Timestamps are seconds, not ms.")]
 Made = Annotated[
     str | None,
-    typer.Option("--synthetic", help="Without --trace: its parameters, JSON or @file."),
+    typer.Option(
+        "--synthetic",
+        help="Without --trace: parameters of conversations to make up, JSON or @file; a wrong name "
+        "lists them.",
+    ),
 ]
 Instances = Annotated[str, typer.Option(help="Numbers of instances, with commas.")]
 Whose = Annotated[

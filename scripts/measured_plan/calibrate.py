@@ -26,7 +26,8 @@ from two_instances.run import make_prompts
 from ascend_direct.cli.planning.costs import Costs
 
 SETTLE_S = 20.0
-KINDS = ("cold", "device", "half", "pool")
+# Share of the probes.
+MOST_MISSED = 0.1
 
 
 class NotAsExpected(RuntimeError):
@@ -66,6 +67,7 @@ class Calibration:
         self._page_size = page_size
         self._seed = 10_000
         self.probes: list[Probe] = []
+        self._missed: list[tuple[str, Probe]] = []
         self.stores_s: list[float] = []
         self._pool = ThreadPoolExecutor(len(self._servers))
 
@@ -80,7 +82,7 @@ class Calibration:
         """All kinds of request of one length: to A, to B, to both at once.
 
         Raises:
-            NotAsExpected: a hit was not one.
+            NotAsExpected: more than a few hits were none.
         """
         for asked in ([0], [1], [0, 1]):
             prompts = self._prompts(len(asked), tokens)
@@ -106,9 +108,13 @@ class Calibration:
             hit, other = one.device_tokens, one.loaded_tokens
             if kind == "pool":
                 hit, other = other, hit
-            if hit != expected.get(kind, pages) * self._page_size or other:
-                raise NotAsExpected(f"a probe that should be {kind} was {one}")
-        self.probes += found
+            if hit == expected.get(kind, pages) * self._page_size and not other:
+                self.probes.append(one)
+            else:  # a full pool that makes room may refuse a page
+                self._missed.append((kind, one))
+        if len(self._missed) > MOST_MISSED * (len(self.probes) + len(self._missed)) + 1:
+            kind, one = self._missed[-1]
+            raise NotAsExpected(f"a probe that should be {kind} was {one}, and not the first")
 
     def _settle(self) -> None:
         """Wait until what was computed is in the pool, and note how long that took."""
