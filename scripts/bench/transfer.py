@@ -24,7 +24,8 @@ from bench.shapes import CURVE, SHAPES
 from bench.transfer_parts import Run, WorkerFailed
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("moves", "curve", "lookups", "members", "thread")
+FILE_WIDTH = 160
+PARTS = ("moves", "curve", "thread", "lookups", "members")
 MODELS = [name for name in SHAPES if name != CURVE]
 DESCRIPTION = """\
 Measure what the plugin adds to MemCache. On the driver emulation the figures say what one way adds
@@ -40,7 +41,7 @@ parts:
            native calls subtracted; "match" is all that SGLang does in a round for one waiting
            request, "our lookup" what is ours in it"""
 EPILOG = """\
-Within a round each way moves the same pages once, in an order that turns; bytes are compared before
+Within a round each way moves the same pages once, in an order of chance; bytes are compared before
 a time counts. Ratios are taken within rounds, and their median is shown: a slow second hits both.
 
 other ways of the part moves:
@@ -50,7 +51,7 @@ other ways of the part moves:
   load, packed             with transfer: packed, which host memory does not need (--packed)
 
 examples:
-  scripts/bench/transfer                          # all of it; 6 minutes on two quiet cores, 14 GB
+  scripts/bench/transfer                          # all of it; 4 minutes on two quiet cores, 14 GB
   scripts/bench/transfer --parts moves --shapes deepseek-r1 --pages 8 32 --in-flight 1 2 4
   scripts/bench/transfer --parts lookups --stored 10000 100000
   scripts/bench/transfer --report                 # show again what --out holds
@@ -72,7 +73,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--shapes", nargs="+", choices=MODELS, default=MODELS, metavar="NAME", help=f"of {MODELS}")
     add("--pages", nargs="+", type=int, default=[1, 8, 32], help="of one transfer (1 8 32)")
     add("--max-mib", type=int, default=512, help="leave out larger transfers (512)")
-    add("--rounds", type=int, default=9, help="repetitions; medians are shown (9)")
+    add("--rounds", type=int, default=15, help="repetitions; medians are shown (15)")
     add("--in-flight", nargs="+", type=int, default=[1, 2, 4], help="bare gets at a time (1 2 4)")
     add("--batch-mib", type=int, default=None, help="the plugin's batch_bytes; its default")
     add("--other-batches-mib", nargs="*", type=int, default=[16, 64], help="also these (16 64)")
@@ -87,7 +88,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--thread-pages", nargs="+", type=int, default=[54, 1024], help="of a prompt (54 1024)")
     add("--report", action="store_true", help="measure nothing, show what --out holds")
     add("--out", type=Path, default=ROOT / ".demo" / "bench", help="where the files go")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if min(options.stored) < max(options.asked):
+        parser.error("--asked: a pool of --stored keys cannot be asked about more than it has")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell may have started us deaf to Ctrl-C
         signal.signal(number, signal.default_int_handler)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
     options.out.mkdir(parents=True, exist_ok=True)
     begin_s, code = time.monotonic(), 0
 
@@ -105,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Run(options, say)
     try:
         if not options.report:
-            _measure(run, options)
+            with run:
+                _measure(run, options)
     except KeyboardInterrupt:
         console.print("interrupted")
         code = 130

@@ -44,13 +44,21 @@ class WorkerFailed(RuntimeError):
 
 
 class Run:
-    """One run: where lines go, and how workers are started."""
+    """One run: where lines go, and how workers are started. Its pools end with it."""
 
     def __init__(self, options: argparse.Namespace, say: Say) -> None:
         self._options = options
         self._say = say
         self._out: Path = options.out
         self.path = self._out / "transfer.jsonl"
+        self._undo = ExitStack()
+        self._common_pool: MemcachePool | None = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
 
     def add(self, line: dict[str, Any]) -> None:
         """Append a line to the file."""
@@ -61,20 +69,15 @@ class Run:
 
     def moves(self) -> None:
         """Pages of real models' shapes."""
-        options = self._options
-        with self._pool("4GB") as pool:
-            for name in options.shapes:
-                self._move(pool, name, options.pages, packed=name in options.packed)
+        for name in self._options.shapes:
+            self._move(name, self._options.pages, packed=name in self._options.packed)
 
     def curve(self) -> None:
         """From one small page to thousands."""
-        with self._pool("4GB") as pool:
-            self._move(pool, CURVE, self._options.curve)
+        self._move(CURVE, self._options.curve)
 
-    def _move(
-        self, pool: MemcachePool, name: str, pages: list[int], *, packed: bool = False
-    ) -> None:
-        options = self._options
+    def _move(self, name: str, pages: list[int], *, packed: bool = False) -> None:
+        options, pool = self._options, self._common()
         most = options.max_mib * MIB
         fitting = [n for n in pages if name == CURVE or n * SHAPES[name].page_bytes <= most]
         self._say(f"{name}: {fitting} pages")
@@ -99,11 +102,11 @@ class Run:
         with ExitStack() as undo:
             asked = {stored: self._filled(stored, undo) for stored in self._options.stored}
             answers: dict[tuple[int, int], list[dict[str, float]]] = {}
-            for turn in range(-1, self._options.lookup_rounds):
+            for number in range(1 + self._options.lookup_rounds):
                 for stored, ask in asked.items():
                     for count in self._options.asked:
-                        answer = ask({"asked": count, "turn": turn})
-                        if turn >= 0:  # the first question opens connections
+                        answer = ask({"asked": count})
+                        if number:  # the first question opens connections
                             answers.setdefault((stored, count), []).append(answer)
             for (stored, count), rounds in answers.items():
                 seconds = {way: [r[way] for r in rounds] for way in rounds[0]}
@@ -163,12 +166,18 @@ class Run:
     def thread(self) -> None:
         """What the cache takes from SGLang's scheduler thread."""
         self._say(f"scheduler thread: {self._options.thread_pages} pages")
-        with self._pool("4GB") as pool:
-            # thread_worker imports SGLang, which this process can do without.
-            task = {"pages": self._options.thread_pages, "rounds": self._options.rounds}
-            self._work("bench.thread_worker", {"config": pool.options(), **task}, pool)
+        pool = self._common()
+        # thread_worker imports SGLang, which this process can do without.
+        task = {"pages": self._options.thread_pages, "rounds": self._options.rounds}
+        self._work("bench.thread_worker", {"config": pool.options(), **task}, pool)
 
     # ---- processes -------------------------------------------------------------------------
+
+    def _common(self) -> MemcachePool:
+        """The pool of parts that leave nothing in it: to start and end one takes ten seconds."""
+        if self._common_pool is None:
+            self._common_pool = self._undo.enter_context(self._pool("4GB"))
+        return self._common_pool
 
     @contextmanager
     def _pool(self, member_size: str, members: int = 1) -> Iterator[MemcachePool]:

@@ -26,6 +26,8 @@ GIB, MIB = 2**30, 2**20
 Line = Mapping[str, Any]
 # Pages from which on the goals for loads and stores hold.
 GOAL_PAGES = 8
+# A first column of longer texts may be wrapped.
+NAME_LENGTH = 32
 MAIN_WAYS = ("memcpy", "bare get", "bare get, other thread", "load", "bare put", "store")
 MEMOISED = "lookup, memoised"
 
@@ -42,7 +44,8 @@ class Table:
         """For the terminal."""
         table = RichTable(title=self.title, title_justify="left")
         for number, name in enumerate(self.head):
-            table.add_column(name, justify="right" if number else "left", no_wrap=not number)
+            names = not number and max(len(row[0]) for row in self.rows) < NAME_LENGTH
+            table.add_column(name, justify="right" if number else "left", no_wrap=names)
         for row in self.rows:
             table.add_row(*row)
         return table

@@ -5,12 +5,14 @@
 
 Owns the measurement; `bench.transfer` owns the pool, the choice of cases and what is shown. Every
 read is compared with what was written before its time counts. Rounds are interleaved: within one
-round each way moves the same pages once, in an order that turns.
+round each way moves the same pages once, in an order of chance, and all reads are of the same
+objects.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -203,26 +205,26 @@ class Case:
         reads: list[tuple[str, Callable[[], float]]] = [
             ("bare get", lambda: self.bare_get(keys)),
             ("bare get, other thread", lambda: self.handed_over(keys)),
-            ("load", lambda: self.load(own)),
+            ("load", lambda: self.load(keys)),
         ]
         for name, engine in self._loads.items():
-            reads.append((name, lambda e=engine: self.load(own, e)))  # type: ignore[misc]
+            reads.append((name, lambda e=engine: self.load(keys, e)))  # type: ignore[misc]
         for threads in self._in_flight:
             reads.append((f"bare get x{threads}", lambda t=threads: self.bare_get(keys, t)))  # type: ignore[misc]
-        times = {name: call() for name, call in _turned(writes, number)}
-        for name, call in _turned(reads, number):
-            self.pool.clear()
-            times[name] = call()
-            _demand(
-                self.pool.checksum(self.numbers) == self._expected, f"{name}: wrong bytes arrived"
-            )
+        order = random.Random(number)
+        times = {name: call() for name, call in order.sample(writes, len(writes))}
+        for name, call in order.sample(reads, len(reads)):
+            times[name] = self._checked(name, call)
+        self._checked("store", lambda: self.bare_get(own))
         self._native.remove_batch([*keys, *own])
         return times
 
-
-def _turned(ways: list[Any], number: int) -> list[Any]:
-    turn = number % len(ways)
-    return ways[turn:] + ways[:turn]
+    def _checked(self, name: str, read: Callable[[], float]) -> float:
+        self.pool.clear()
+        took_s = read()
+        arrived = self.pool.checksum(self.numbers) == self._expected
+        _demand(arrived, f"{name}: wrong bytes arrived")
+        return took_s
 
 
 def _demand(holds: bool, message: str) -> None:
