@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 
 from .audit import audit, drain
 from .prompts import counts, eventually, evict_all, prompt, serve_and_store
@@ -32,6 +33,16 @@ def test_a_waiting_request_asks_the_pool_once(make) -> None:
     assert b.store.counts["exists"].calls == 1
     assert counts(b)["lookups_from_memo"] == 4
     _finish(b, served)
+
+
+def test_a_single_rank_names_the_longest_prefix_only(make) -> None:
+    a, b = make(), make(config={"min_load_tokens": 64})
+    serve_and_store(a, TOKENS)
+    hashes = b.submit(TOKENS).hashes(192, 16)
+    for pages, named in ((12, [12]), (4, [4]), (3, [])):  # 3 pages are not worth a load
+        asked = [PoolTransfer(name=PoolName.KV, keys=hashes[:pages])]
+        assert b.controller.lookup(f"{pages} pages", asked) == named
+    b.abort(b.requests[0])
 
 
 def test_a_memo_expires(make) -> None:

@@ -63,6 +63,7 @@ def test_a_memo_answers_the_same_question_for_a_while() -> None:
     assert memo.recall("r", ["a", "b"]) == 1
     assert memo.recall("r", ["b"]) is None  # the device prefix has grown: another question
     assert memo.recall("r", ["a"]) is None
+    assert memo.recall("r", ["a", "c"]) is None  # as long, and other tokens
     assert memo.recall("other", ["a", "b"]) is None
     clock.now_s += 0.5
     assert memo.recall("r", ["a", "b"]) is None
