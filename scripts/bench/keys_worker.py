@@ -31,6 +31,7 @@ from ascend_direct.page_layout import PageLayout, Span
 from ascend_direct.store.base import StoreContext
 from ascend_direct.store.memcache import DIRECTIONS, MemcacheStore
 from ascend_direct.transfer import TransferEngine, TransferLimits
+from bench import worker
 
 CALL_KEYS = 4096
 TIMEOUT_S = 120.0
@@ -153,4 +154,4 @@ def main(arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    worker.run(main)

@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import random
-import sys
 import tempfile
 import time
 import types
@@ -43,6 +42,7 @@ from sglang.srt.server_args import prepare_server_args
 from sglang_cpu.models import make_model
 
 from ascend_direct import names
+from bench import worker
 
 PAGE_TOKENS = 64
 # Qwen2.5-0.5B; the model folder below has as many KV heads, which is all that is read of it.
@@ -274,4 +274,4 @@ def main(arguments: str, out_path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    worker.run(main)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from ascend_direct.store.packed import PackedStore
 from ascend_direct.store.page_packer import HostBlock
 from ascend_direct.transfer import StoreJob, TransferEngine, TransferLimits
 from ascend_direct.transfer.courier import Courier
+from bench import worker
 from bench.shapes import SHAPES, Pool
 
 PUT, GET = DIRECTIONS[Memory.HOST]
@@ -254,4 +254,4 @@ def main(arguments: str, out_path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    worker.run(main)
