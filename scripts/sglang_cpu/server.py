@@ -47,6 +47,8 @@ CPU_ENV: Mapping[str, str] = {
     # Two servers with a thread per core each fight over the cores: about eight times slower.
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",
+    # A CUDA build of torch brings NCCL, and SGLang would take it for ranks on a CPU too.
+    "SGLANG_NCCL_SO_PATH": "none",
     # A crashed server would wait a minute for a dump that only a GPU writes.
     "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0",
     "PYTHONUNBUFFERED": "1",

@@ -313,8 +313,9 @@ def test_a_run_compares_real_servers_and_leaves_a_report(
     hits = {(system, where, reuse) for where in ("within", "cross") for reuse in (50, 100)}
     assert places == {("none", "within", 0), (system, "within", 0)} | hits
     assert all(min(s.ttft_s) > 0 for s in taken)
-    # Mooncake keeps for 10 s what was read, and all of it was.
-    assert [before > after for before, after in emptied] == [system == "ours"]
+    assert emptied, "no turn found anything in the pool"
+    if system == "ours":  # Mooncake keeps for 10 s what was read, and all of it was
+        assert all(before > after for before, after in emptied)
     report = (tmp_path / "report.md").read_text()
     assert "Every hit had at least 100.0 %" in report
     assert ("TTFT ours ÷ plugin off" in report) == (system == "ours")
