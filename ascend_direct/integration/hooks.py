@@ -9,7 +9,7 @@ Owns the patches and the check that they took. Each is a row of the seam table.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ascend_direct.errors import ConfigError
@@ -39,6 +39,8 @@ DECODE_ROUND = (
 # How long a scheduler that holds requests back and has nothing else to do leaves the interpreter
 # to the transfer threads.
 IDLE_PAUSE_S = 0.0003
+# Of one request, as SGLang's prefill budget clips it (CLIP_MAX_NEW_TOKENS).
+MOST_NEW_TOKENS = 4096
 BEAM_REFUSED = "Beam search is not supported with --enable-hierarchical-cache-direct."
 
 
@@ -74,8 +76,6 @@ def install_look_ahead(cache: Any, look_ahead: LookAhead) -> None:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from ascend_direct.integration.lookahead import promised_tokens
-
     def before_round(scheduler: Any, *args: Any, **kwargs: Any) -> None:
         promised = promised_tokens(
             scheduler.chunked_req,
@@ -105,6 +105,24 @@ def install_look_ahead(cache: Any, look_ahead: LookAhead) -> None:
     HookRegistry.register(ROUND, before_round, HookType.BEFORE)
     HookRegistry.register(ADMISSION, admit, HookType.AROUND)
     _apply(ROUND, ADMISSION)
+
+
+def promised_tokens(chunked: Any, running: Sequence[Any], share: float) -> int:
+    """Slots that scheduled requests will need: the rest of a prompt that is computed in chunks, and
+    what running requests may generate, of which SGLang reckons with a share.
+
+    Args:
+        chunked: SGLang's chunked request, or None.
+        running: requests that decode.
+        share: SGLang's current new-token ratio.
+    """
+    tokens = 0
+    if chunked is not None:
+        tokens += len(chunked.full_untruncated_fill_ids) - chunked.kv.kv_allocated_len
+    for req in running:
+        left = req.sampling_params.max_new_tokens - len(req.output_ids)
+        tokens += int(min(left, MOST_NEW_TOKENS) * share)
+    return max(0, tokens)
 
 
 def install_decode(offload: DecodeOffload) -> None:

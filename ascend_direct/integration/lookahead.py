@@ -35,27 +35,7 @@ from ascend_direct.transfer import LoadOutcome, Ticket
 
 # Requests looked ahead for at one time. Their reads queue up behind each other anyway.
 MOST_REQUESTS = 16
-# Of one request, as SGLang's prefill budget clips it (CLIP_MAX_NEW_TOKENS).
-MOST_NEW_TOKENS = 4096
 PENDING = -1
-
-
-def promised_tokens(chunked: Any, running: Sequence[Any], share: float) -> int:
-    """Slots that scheduled requests will need: the rest of a prompt that is computed in chunks, and
-    what running requests may generate, of which SGLang reckons with a share.
-
-    Args:
-        chunked: SGLang's chunked request, or None.
-        running: requests that decode.
-        share: SGLang's current new-token ratio.
-    """
-    tokens = 0
-    if chunked is not None:
-        tokens += len(chunked.full_untruncated_fill_ids) - chunked.kv.kv_allocated_len
-    for req in running:
-        left = req.sampling_params.max_new_tokens - len(req.output_ids)
-        tokens += int(min(left, MOST_NEW_TOKENS) * share)
-    return max(0, tokens)
 
 
 class _Question:
@@ -310,6 +290,7 @@ class LookAhead:
 
     def _read(self, cache: Any, one: _Ahead, pages: int) -> None:
         """Start to read, if that is worth while and there is room."""
+        pages -= self._catch_up(cache, one)
         slots = self._allocate(cache, pages) if pages >= self._min_pages else None
         if slots is None:
             self._end(cache, one)
@@ -320,6 +301,18 @@ class LookAhead:
         one.reading = _Reading(
             self._parts, self._suspects, one.hashes, slots, shifted_by, self._stream
         )
+
+    def _catch_up(self, cache: Any, one: _Ahead) -> int:
+        """Pages that other requests have brought to the device since the pool was asked."""
+        req = one.req
+        req.init_next_round_input(cache, cow_mamba=False)
+        pages: int = (req.prefix_len - one.prefix_tokens) // self._page_size
+        if pages:
+            cache.dec_lock_ref(one.node_id, one.lock)
+            one.prefix_tokens, one.node_id = req.prefix_len, req.last_node
+            one.lock = cache.inc_lock_ref(one.node_id).to_dec_params()
+            one.hashes = one.hashes[pages:]
+        return pages
 
     def _allocate(self, cache: Any, pages: int) -> torch.Tensor | None:
         """Slots for pages, free ones or evicted ones; None when there are too few of either."""

@@ -39,7 +39,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from ascend_direct.integration.cache_controller import CacheControllerDirect
-from ascend_direct.integration.lookahead import promised_tokens
+from ascend_direct.integration.hooks import promised_tokens
 from ascend_direct.integration.radix_cache import HiRadixCacheDirect
 
 from ..fakes.memory_store import MemoryPool, MemoryStore

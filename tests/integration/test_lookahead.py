@@ -125,6 +125,22 @@ def test_a_prefix_another_request_brings_meanwhile_is_not_kept_twice(make) -> No
     finish(b, other)
 
 
+def test_what_another_request_computes_while_the_pool_is_asked_is_not_read(make) -> None:
+    a, b = make(), make(config=AHEAD)
+    other = b.submit(TOKENS[:112] + prompt(30, seed=4))
+    eventually(lambda: ready(b, other))  # before the pool has anything
+    first = serve_and_store(a, TOKENS)
+    b.store.faults["exists"].hold()
+    served = b.submit(TOKENS)
+    b.round()
+    finish(b, other)
+    b.store.faults["exists"].release()
+    finish(b, served)
+    assert served.tokens == first.tokens
+    assert served.tiers == {"device": 112, "host": 0, "storage": 80}
+    check_at_rest(b)
+
+
 def test_an_aborted_request_leaves_nothing(make) -> None:
     a, b = make(), make(config=AHEAD)
     serve_and_store(a, TOKENS)
