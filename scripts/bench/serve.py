@@ -39,8 +39,8 @@ from bench.serve_cases import (
 from bench.serve_systems import DEFAULT, SYSTEMS, Running, stop_all
 
 ROOT = Path(__file__).resolve().parents[2]
-# Tokens of device cache: a burst of whole prompts, twice, so that what is asked again is there.
-ROOM = ("--max-total-tokens", "65536")
+# SGLang's own, or the harness's (sglang_cpu/attention_on_cpu).
+ATTENTIONS = {"stock": {}, "new_tokens": {"SGLANG_CPU_ATTENTION": "new_tokens"}}
 DESCRIPTION = """\
 Send the same prompts to real SGLang servers that cache in different ways, and compare the time to
 first token. All systems are up at once and take turns, so that a slow minute of the machine hits
@@ -54,12 +54,18 @@ EPILOG = """\
 systems (* measured by default; "all" means each of them):
 {systems}
 
-The model and the prompt are chosen so that computing the prompt dominates: without a cache, at
-3,500 tokens, some 1.5-2 s of it on a quiet core. SGLang's attention for the CPU goes over the
-whole prompt even when its KV is there, so an L1 hit costs 20-30 % of that: it is the floor that
-any cache is measured against. MemCache runs on the driver emulation: the figures say what the
-systems add to each other on one machine, never how fast an NPU is. Both kinds of pool are a
-process that is no server, and hand pages over through shared memory.
+Models: "demo" is chosen so that computing the prompt dominates: at 3,500 tokens, some 2 s of it
+on a quiet core. "wide" has KV of the size that one rank of a large model has, 113 MB (GQA) and
+32 MB (MLA) for that prompt, so that what moving it costs shows; one request at a time only.
+
+Attention: SGLang's own ("stock") goes over the whole prompt even when its KV is there, so an L1
+hit costs 15-30 % of a cold prompt, which no NPU's kernel does. "new_tokens" computes the new
+tokens only (sglang_cpu/attention_on_cpu), in all servers alike: an L1 hit is then 3-4 % of a
+cold prompt, and a millisecond that a cache adds can be seen.
+
+MemCache runs on the driver emulation: the figures say what the systems add to each other on one
+machine, never how fast an NPU is. Both kinds of pool are a process that is no server, and hand
+pages over through shared memory.
 
 HiCache runs with write_through and wait_complete: with its other policies a request that comes at
 once misses what was just computed, or starts before its pages are there, and recomputes them. Its
@@ -86,7 +92,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add, names = parser.add_argument, [*SYSTEMS, "all"]
     add("--systems", nargs="+", choices=names, default=DEFAULT, metavar="NAME", help="see below")
     add("--models", nargs="+", choices=("gqa", "mla"), default=["gqa", "mla"], help="architectures")
-    add("--size", choices=("tiny", "demo"), default="demo", help="of the models (demo)")
+    add("--size", choices=("tiny", "demo", "wide"), default="demo", help="of the models (demo)")
+    add(
+        "--attention", choices=ATTENTIONS, default="stock", help="of all servers; see below (stock)"
+    )
     add("--reuse", nargs="+", type=int, default=[0, 50, 100], help="percent (0 50 100)")
     add("--concurrency", nargs="+", type=int, default=[1, 8], help="requests at a time (1 8)")
     add("--no-trace", action="store_true", help="leave out the multi-turn conversation")
@@ -101,7 +110,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if "all" in options.systems:
         options.systems = list(SYSTEMS)
+    if options.size == "wide" and max(options.concurrency) > 1:
+        parser.error("the pools have no room for bursts of the wide model: add --concurrency 1")
     return options
+
+
+def device_tokens(options: argparse.Namespace) -> int:
+    """Of a server's device cache: what a turn computes stays there, to be asked for again."""
+    groups = options.prompts * max(len([reuse for reuse in options.reuse if reuse]), 1)
+    tokens = 2 * max(groups, *options.concurrency) * options.prompt_tokens
+    return -(-tokens // options.page_size) * options.page_size
 
 
 class Recorder:
@@ -147,7 +165,7 @@ class Recorder:
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
     """First line of the file: how it was made. Repeats may grow from run to run."""
-    same = ("size", "prompt_tokens", "output_tokens", "page_size", "prompts", "reuse")
+    same = ("size", "attention", "prompt_tokens", "output_tokens", "page_size", "prompts", "reuse")
     load = [round(value, 1) for value in os.getloadavg()]
     date = f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, load {load}"
     return {"kind": "run", "date": date, **{name: getattr(options, name) for name in same}}
@@ -175,6 +193,8 @@ class Benchmark:
         self._console = console
         self._begin_s = time.monotonic()
         self._took_s: dict[str, list[float]] = {}
+        self._arguments = ["--page-size", str(options.page_size)]
+        self._arguments += ["--max-total-tokens", str(device_tokens(options))]
         self._truth = Truth()
         for sample in recorder.samples:
             self._truth.problems(sample)
@@ -224,7 +244,8 @@ class Benchmark:
                 running[name] = Running(
                     name,
                     path,
-                    ["--page-size", str(self._options.page_size), *ROOM],
+                    self._arguments,
+                    env=ATTENTIONS[self._options.attention],
                     log_dir=self._options.out / "logs" / model,
                     undo=undo,
                     progress=self.progress,

@@ -190,8 +190,9 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def markdown(run: Mapping[str, Any], taken: Sequence[Sample]) -> str:
     """The report's text."""
     figures = Figures(taken)
+    model = f"model size {run['size']}, attention {run['attention']}"
     sizes = f"prompts of {run['prompt_tokens']} tokens, pages of {run['page_size']}"
-    lines = [f"Measured {run['date']}; model size {run['size']}, {sizes}.", ""]
+    lines = [f"Measured {run['date']}; {model}, {sizes}.", ""]
     share = least_hit_share(run, taken)
     if share is not None:
         lines += [

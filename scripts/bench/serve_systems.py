@@ -128,6 +128,7 @@ class Running:
         model: Path,
         server_args: Sequence[str],
         *,
+        env: Mapping[str, str],
         log_dir: Path,
         undo: ExitStack,
         progress: Progress,
@@ -136,14 +137,20 @@ class Running:
         self.system = SYSTEMS[name]
         self.pool: ServePool | None = None
         self.servers: list[SGLangServer] = []
-        self._start(model, server_args, log_dir, undo, progress)
+        # Every server gets an allow-list: else the plugins that are installed load in all of them.
+        plugins = {"SGLANG_PLUGINS": self.system.plugins or "none", "PYTHONPATH": python_path()}
+        self._start(model, server_args, {**env, **plugins}, log_dir, undo, progress)
 
     def _start(
-        self, model: Path, args: Sequence[str], log_dir: Path, undo: ExitStack, progress: Progress
+        self,
+        model: Path,
+        args: Sequence[str],
+        env: dict[str, str],
+        log_dir: Path,
+        undo: ExitStack,
+        progress: Progress,
     ) -> None:
         system = self.system
-        # Every server gets an allow-list: else the plugins that are installed load in all of them.
-        env = {"SGLANG_PLUGINS": system.plugins or "none", "PYTHONPATH": python_path()}
         if system.pool is not None:
             self.pool = system.pool()
             undo.callback(self.pool.stop)

@@ -5,7 +5,7 @@
 """Makes the virtual environment in which SGLang 0.5.23 runs on a CPU, with this project in it.
 
 Owns the order of the steps, their resumption and the stamp that makes a second run instant. What is
-installed is decided by the two lock files, stand_ins/ and mla_on_cpu/. Standard library only: it
+installed is decided by the two lock files, stand_ins/ and *_on_cpu/. Standard library only: it
 runs before anything is installed. An interrupted run leaves no stamp; the next one goes on.
 """
 
@@ -39,6 +39,7 @@ TRITON_LOCK = HERE / "triton_ascend.lock"
 TRITON_FOLDER = "triton_ascend"  # in the environment
 LOCAL_PACKAGES = (
     *(HERE / "stand_ins" / name for name in ("triton", "torchvision", "sgl_kernel")),
+    HERE / "attention_on_cpu",
     HERE / "mla_on_cpu",
     HERE / "pd_on_cpu",
 )

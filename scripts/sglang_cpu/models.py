@@ -71,10 +71,15 @@ SHAPES = {
     # Wide layers, few heads: CPU attention recomputes every query of a prompt even on a cache hit,
     # so the share of attention in a prefill is what a hit cannot save.
     "demo": Shape(4, 1024, 1536, 4, 2, 64, 128, 256, 32, 32, 64, 4, 768),
+    # Much KV, for what moving it costs: 32 KiB per token, as a rank of Qwen3-32B has at TP 8 (64
+    # layers of one KV head of 128, K and V, 2 bytes). Here in 8 layers of 4 heads and 4 bytes.
+    "wide": Shape(8, 512, 1024, 4, 4, 128, 512, 256, 64, 64, 64, 4, 512),
 }
 # The CPU has no fused kernel for MLA attention: it costs about four times as much per head.
 MLA_SHAPES = SHAPES | {
-    "demo": replace(SHAPES["demo"], layers=3, heads=2, intermediate=2048, expert_intermediate=1024)
+    "demo": replace(SHAPES["demo"], layers=3, heads=2, intermediate=2048, expert_intermediate=1024),
+    # DeepSeek's latent of 512 and 64, 9 KiB per token.
+    "wide": replace(SHAPES["wide"], layers=4, heads=1),
 }
 
 
@@ -374,7 +379,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, help="folder of the model (made, or replaced if ours)")
     parser.add_argument("kind", choices=KINDS, help="gqa=Qwen3, mla=DeepSeek-V2, mlamoe=its MoE")
     parser.add_argument(
-        "--size", choices=sorted(SHAPES), default="tiny", help="demo = ~24M parameters"
+        "--size",
+        choices=sorted(SHAPES),
+        default="tiny",
+        help="demo = ~24M parameters, wide = eight times its KV",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and KV")
     parser.add_argument("--layers", type=int, help="instead of the size's own")

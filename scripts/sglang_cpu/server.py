@@ -37,7 +37,8 @@ __all__ = ["CPU_ARGS", "CPU_ENV", "Generation", "RequestError", "SGLangServer", 
 
 LOOPBACK = "127.0.0.1"
 LAUNCHER = (sys.executable, "-W", "ignore", "-m", "sglang.launch_server")
-MLA_PLUGIN = "mla_on_cpu"
+# Our own plugins, and the variable with which each is switched on.
+PLUGINS = {"mla_on_cpu": "SGLANG_CPU_MLA", "attention_on_cpu": "SGLANG_CPU_ATTENTION"}
 
 CPU_ENV: Mapping[str, str] = {
     # Without it the model loader looks for vllm's kernels.
@@ -47,6 +48,10 @@ CPU_ENV: Mapping[str, str] = {
     # Two servers with a thread per core each fight over the cores: about eight times slower.
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",
+    # glibc would give the temporaries of a forward back to the kernel and have them mapped anew for
+    # the next one: a third of a long prefill with MLA, and by chance more or less in each process.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
     # A CUDA build of torch brings NCCL, and SGLang would take it for ranks on a CPU too.
     "SGLANG_NCCL_SO_PATH": "none",
     # A crashed server would wait a minute for a dump that only a GPU writes.
@@ -104,8 +109,9 @@ def cpu_environment(model: Path, tp_size: int, extra: Mapping[str, str]) -> dict
         env["SGLANG_CPU_MLA"] = "1"
     env.update(extra)
     allowed = [name for name in env.get("SGLANG_PLUGINS", "").split(",") if name]
-    if allowed and env.get("SGLANG_CPU_MLA") == "1" and MLA_PLUGIN not in allowed:
-        env["SGLANG_PLUGINS"] = ",".join((*allowed, MLA_PLUGIN))
+    if allowed:
+        wanted = [plugin for plugin, switch in PLUGINS.items() if env.get(switch)]
+        env["SGLANG_PLUGINS"] = ",".join(dict.fromkeys((*allowed, *wanted)))
     return env
 
 

@@ -195,6 +195,19 @@ def test_each_round_has_every_system_and_starts_with_another() -> None:
     assert {(t.round, t.concurrency) for t in turns if t.case == "burst"} == {(2, 8)}
 
 
+def test_a_server_has_room_for_all_that_a_turn_computes() -> None:
+    assert serve.device_tokens(serve.parse([])) >= 16 * 3500
+    assert serve.device_tokens(serve.parse(["--concurrency", "1"])) >= 3 * 3500
+    assert serve.device_tokens(serve.parse(["--prompts", "9"])) >= 27 * 3500
+
+
+def test_bursts_of_the_wide_model_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        serve.parse(["--size", "wide"])
+    assert "add --concurrency 1" in capsys.readouterr().err
+    assert serve.parse(["--size", "wide", "--concurrency", "1"]).size == "wide"
+
+
 def test_packing_is_measured_only_when_asked_for() -> None:
     assert "ours-packed" not in serve.parse([]).systems
     assert serve.parse(["--systems", "all"]).systems == list(SYSTEMS)
@@ -300,13 +313,20 @@ def empty_pools_in_every_turn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int
 
 @pytest.mark.e2e
 @pytest.mark.memcache
-@pytest.mark.parametrize("system", ["ours", pytest.param("hicache-mooncake", marks=pytest.mark.pd)])
+@pytest.mark.parametrize(
+    ("system", "attention"),
+    [
+        ("ours", "new_tokens"),
+        pytest.param("hicache-mooncake", "stock", marks=pytest.mark.pd),
+    ],
+)
 def test_a_run_compares_real_servers_and_leaves_a_report(
-    system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    system: str, attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emptied = empty_pools_in_every_turn(monkeypatch)
     options = ["--systems", "none", system, "--models", "gqa", "--size", "tiny", "--repeats", "1"]
     options += ["--concurrency", "1", "--no-trace", "--prompt-tokens", "700"]
+    options += ["--attention", attention]
     assert serve.main([*options, "--out", str(tmp_path)]) == 0
     taken = serve_report.samples(serve_report.read_lines(tmp_path / "samples.jsonl"))
     places = {(s.system, s.where, s.reuse) for s in taken}
