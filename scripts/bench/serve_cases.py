@@ -121,7 +121,7 @@ class Workload:
 def run_turn(turn: Turn, running: Running, work: Workload) -> list[Sample]:
     """Send everything; afterwards the servers' device caches are as empty as before."""
     if running.pool is not None:
-        running.pool.make_room()
+        running.pool.clear()
     driver = _Driver(turn, running, work)
     samples = driver.trace() if turn.case == "trace" else driver.reuse()
     for server in running.servers:

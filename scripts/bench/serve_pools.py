@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The ascend_direct authors
 
-"""The pools that scripts/bench/serve puts under its systems, and room in them.
+"""The pools that scripts/bench/serve puts under its systems, and how they are emptied.
 
 Both kinds hold pages of the same size in a process that is no server, and both hand them over
-through shared memory. Owns Mooncake's processes, and how a pool is emptied between turns: one that
-begins to evict while a turn is timed would measure the eviction. MemCache's processes are
-two_instances'.
+through shared memory. Owns Mooncake's processes, and how a pool is emptied between turns.
+MemCache's processes are two_instances'.
 """
 
 from __future__ import annotations
@@ -29,8 +28,6 @@ from memcache_pool import HOST, free_ports
 from two_instances.cluster import MemcachePool, Pool, PoolProcessError
 
 POOL_SIZE = "768MB"
-# A turn of bursts stores less than half of a pool; MemCache and Mooncake evict at 90 %.
-FULL_SHARE = 0.4
 START_TIMEOUT_S = 30.0
 STOP_GRACE_S = 8.0
 CLEAR_TIMEOUT_S = 60.0
@@ -44,21 +41,15 @@ class ServePool(Pool):
     """A pool that can be emptied while servers are on it."""
 
     @abstractmethod
-    def used_share(self) -> float:
-        """Of its memory, 0 to 1."""
-
-    @abstractmethod
     def clear(self) -> None:
-        """Remove all pages."""
+        """Remove all pages, so that the next turn is given the same memory.
 
-    def make_room(self) -> None:
-        """Empty it if it is too full for another turn.
+        In other memory it would measure how each process maps that at its first touch (a real pool
+        has its memory pinned), and in a full pool eviction.
 
         Raises:
             PoolProcessError: it cannot be emptied.
         """
-        if self.used_share() > FULL_SHARE:
-            self.clear()
 
 
 class MemcacheServePool(MemcachePool, ServePool):
@@ -66,10 +57,6 @@ class MemcacheServePool(MemcachePool, ServePool):
 
     def __init__(self) -> None:
         super().__init__(member_size=POOL_SIZE)
-
-    def used_share(self) -> float:
-        memory = self.meta.capacity()["cpu"]
-        return float(memory["used_bytes"] / memory["total_bytes"])
 
     def clear(self) -> None:
         command = [str(_BIN / "ascend-direct"), "pool", "clear", "--everything", "--yes"]
@@ -154,15 +141,6 @@ class MooncakePool(ServePool):
 
     def stored_pages(self) -> int:
         return len(self._ask("GET", "/get_all_keys").split())
-
-    def used_share(self) -> float:
-        lines = dict(
-            line.rsplit(" ", 1)
-            for line in self._ask("GET", "/metrics").splitlines()
-            if line.startswith("master_")
-        )
-        used = float(lines["master_allocated_bytes"])
-        return used / float(lines["master_total_capacity_bytes"])
 
     def clear(self) -> None:
         """All but what was read in the last 10 s: Mooncake keeps that."""

@@ -16,7 +16,7 @@ import pytest
 import torch
 from bench import hicache_server, serve, serve_pools, serve_report
 from bench.serve_cases import BenchmarkError, Sample, Truth, Turn, Workload, missed
-from bench.serve_pools import MooncakePool, ServePool
+from bench.serve_pools import MemcacheServePool, MooncakePool, ServePool
 from bench.serve_systems import DEFAULT, SYSTEMS
 from two_instances.cluster import PoolProcessError
 
@@ -232,18 +232,18 @@ for page in range(pages):
 
 
 @pytest.mark.pd
-def test_mooncakes_pool_counts_its_pages_and_is_emptied_only_when_it_fills() -> None:
+def test_mooncakes_pool_counts_its_pages_and_is_emptied() -> None:
     pool = MooncakePool()
     pool.start()
     try:
         assert pool.stored_pages() == 0
-        for pages, page_bytes, left in ((4, 2**20, 4), (10, 2**26, 0)):
+        for pages in (4, 10):
             command = [sys.executable, "-c", STORES_PAGES]
-            command += [pool.options()["client_server_address"], str(pages), str(page_bytes)]
+            command += [pool.options()["client_server_address"], str(pages), str(2**20)]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
-            pool.make_room()
-            assert pool.stored_pages() == left
-        assert pool.used_share() == 0
+            assert pool.stored_pages() == pages
+            pool.clear()
+            assert pool.stored_pages() == 0
     finally:
         pool.stop()
     with pytest.raises(PoolProcessError, match="did not answer"):
@@ -295,19 +295,18 @@ def test_neighbouring_pages_are_one_copy() -> None:
 # ---- all of it --------------------------------------------------------------------------------
 
 
-def empty_pools_in_every_turn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Under their servers; returns a list that gets the objects before and after."""
+def watch_pools(monkeypatch: pytest.MonkeyPatch, pool: type[ServePool]) -> list[tuple[int, int]]:
+    """Returns a list that gets the objects before and after each time a used pool is emptied."""
     emptied: list[tuple[int, int]] = []
 
-    def empty_if_used(pool: ServePool) -> None:
-        before = pool.stored_pages()
-        make_room(pool)
+    def watched(self: ServePool) -> None:
+        before = self.stored_pages()
+        clear(self)
         if before:
-            emptied.append((before, pool.stored_pages()))
+            emptied.append((before, self.stored_pages()))
 
-    make_room = ServePool.make_room
-    monkeypatch.setattr(ServePool, "make_room", empty_if_used)
-    monkeypatch.setattr(serve_pools, "FULL_SHARE", 0.0)
+    clear = pool.clear
+    monkeypatch.setattr(pool, "clear", watched)
     return emptied
 
 
@@ -323,7 +322,7 @@ def empty_pools_in_every_turn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int
 def test_a_run_compares_real_servers_and_leaves_a_report(
     system: str, attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    emptied = empty_pools_in_every_turn(monkeypatch)
+    emptied = watch_pools(monkeypatch, MemcacheServePool if system == "ours" else MooncakePool)
     options = ["--systems", "none", system, "--models", "gqa", "--size", "tiny", "--repeats", "1"]
     options += ["--concurrency", "1", "--no-trace", "--prompt-tokens", "700"]
     options += ["--attention", attention]
