@@ -71,9 +71,9 @@ HiCache runs with write_through and wait_complete: with its other policies a req
 once misses what was just computed, or starts before its pages are there, and recomputes them. Its
 host <-> device copies on a CPU are ours (scripts/bench/hicache_server.py), one torch copy each.
 
-Ctrl-C keeps what was measured and reports it; --resume goes on. Expect {servers} servers of 1.7 to
-2.0 GiB and four pools, 20 GiB in all; 2 minutes of start-up per model, and about 1.5 minutes per
-round and model."""
+Ctrl-C keeps what was measured and reports it; --resume goes on. Expect {servers} servers of 2.0 to
+2.3 GiB with four pools: 23 GiB in all with GQA, more with MLA (leave systems out with --systems);
+2 minutes of start-up per model, and about a minute per round and model."""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

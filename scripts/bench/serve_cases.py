@@ -28,6 +28,8 @@ MIN_HIT_SHARE = 0.95
 VERIFICATION = -1
 TRACE_TURNS = 4
 TRACE_OUTPUT_TOKENS = 16
+# Less than a page of 128 tokens: nothing of it is cached.
+WAKING_PROMPT = list(range(3, 67))
 
 Prompt = list[int]
 
@@ -204,6 +206,9 @@ class _Driver:
         label: str | None = None,
     ) -> Sample:
         server: SGLangClient = self._running.server(where)
+        # Else "cross" would be asked of a server that has been idle, and "within" of one that was
+        # busy a moment ago.
+        server.generate(WAKING_PROMPT, 1)
         answers = server.generate_many(
             prompts,
             concurrency=len(prompts),
