@@ -59,8 +59,8 @@ on a quiet core. "wide" has KV of the size that one rank of a large model has, 1
 32 MB (MLA) for that prompt, so that what moving it costs shows; one request at a time only.
 
 Attention: SGLang's own ("stock") goes over the whole prompt even when its KV is there, so an L1
-hit costs 15-30 % of a cold prompt, which no NPU's kernel does. "new_tokens" computes the new
-tokens only (sglang_cpu/attention_on_cpu), in all servers alike: an L1 hit is then 3-4 % of a
+hit costs 20-32 % of a cold prompt, which no NPU's kernel does. "new_tokens" computes the new
+tokens only (sglang_cpu/attention_on_cpu), in all servers alike: an L1 hit is then 4-5 % of a
 cold prompt, and a millisecond that a cache adds can be seen.
 
 MemCache runs on the driver emulation: the figures say what the systems add to each other on one

@@ -49,7 +49,7 @@ CPU_ENV: Mapping[str, str] = {
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",
     # glibc would give the temporaries of a forward back to the kernel and have them mapped anew for
-    # the next one: a third of a long prefill with MLA, and by chance more or less in each process.
+    # the next one, by chance more or less in each process: with MLA up to a third of an L1 hit.
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     # A CUDA build of torch brings NCCL, and SGLang would take it for ranks on a CPU too.
