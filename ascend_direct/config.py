@@ -281,7 +281,7 @@ class DirectConfig(_Section):
         "dropped and counted.",
     )
     batch_bytes: Bytes = Field(
-        256 * MIB,
+        512 * MIB,
         description="Bytes per native call: each call costs a question to MetaService, and a load "
         "that is given up ends with its call.",
     )

@@ -75,7 +75,7 @@ class _Question:
 
     def cancel(self) -> None:
         if self._ticket is not None:
-            self._ticket.cancelled.set()
+            self._ticket.cancelled = True
 
 
 class _Reading:
@@ -121,7 +121,7 @@ class _Reading:
     def cancel(self) -> None:
         """Its request goes on without; the call ends at its next safe point."""
         if self._ticket is not None and not self._ticket.returned:
-            self._ticket.cancelled.set()
+            self._ticket.cancelled = True
             self._parts.engine.gave_up(self._keys)
 
 

@@ -163,7 +163,7 @@ class TransferEngine:
 
     def _probe(self, keys: Sequence[str], ticket: Ticket[int]) -> int:
         known, size = 0, FIRST_PROBE_KEYS
-        while known < len(keys) and not ticket.cancelled.is_set():
+        while known < len(keys) and not ticket.cancelled:
             chunk = keys[known : known + size]
             statuses = one_each("exists", chunk, self._store.exists(chunk))
             held = next(
@@ -255,7 +255,7 @@ class TransferEngine:
         rows = self._layout.addresses(pages())
         statuses: list[PageStatus] = []
         for part in self._batches(len(keys)):
-            if ticket.cancelled.is_set():
+            if ticket.cancelled:
                 break
             got = self._store.get(keys[part], self._batch(rows[part]))
             statuses += got
