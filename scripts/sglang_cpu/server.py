@@ -210,6 +210,7 @@ class SGLangServer(SGLangClient):
             self._log_start = log.tell()
             self._process = self._spawn(log)
         self._tree = ProcessTree(self._process.pid)
+        self.startup_s = None
         self._started_at = time.monotonic()
         atexit.register(self.kill)
 
@@ -290,8 +291,11 @@ class SGLangServer(SGLangClient):
         return self._tree.pss_bytes() if self._tree else 0
 
     def stop(self, timeout_s: float = 30.0) -> None:
-        """Ask the server to end, then make it; afterwards none of its processes is left."""
-        if self.is_running:
+        """Ask the server to end, then make it; afterwards none of its processes is left.
+
+        One that has not answered yet is not asked: it would load to its end first.
+        """
+        if self.is_running and self.startup_s is not None:
             self.peak_rss_bytes()
             process = self._require_process()
             process.send_signal(signal.SIGTERM)

@@ -121,6 +121,15 @@ def test_a_server_deaf_to_sigterm_is_ended_in_time(tmp_path: Path) -> None:
         assert not server.is_running
 
 
+def test_a_server_that_still_loads_is_not_asked_to_end(tmp_path: Path) -> None:
+    server = fake_server(tmp_path, "deaf")
+    server.start()
+    started = time.monotonic()
+    server.stop(timeout_s=60)
+    assert time.monotonic() - started < 20
+    assert not server.is_running
+
+
 def test_kill_reaches_a_child_whose_parent_is_gone(tmp_path: Path) -> None:
     with fake_server(tmp_path) as server:
         child = child_pid(server)
