@@ -202,6 +202,8 @@ def markdown(run: Mapping[str, Any], taken: Sequence[Sample]) -> str:
     lines += ["TTFT in ms: median of all requests (middle half), number of requests.", ""]
     for model in figures.models:
         lines += _ttft_table(figures, model)
+    lines += ["What a pool hit adds, ms: median of the rounds' differences (middle half).", ""]
+    lines += _table(["a pool hit less …", *figures.systems], list(_added_rows(figures)))
     lines += [
         "One request at a time: each round's ratio, their median (middle half). What a hit adds is",
         "its difference to an L1 hit of the same round; there the medians are compared.",
@@ -248,6 +250,24 @@ def _ttft_table(figures: Figures, model: str) -> list[str]:
         row = [f"{_spread(v)}, {len(v)}" if v else "" for v in taken]
         rows.append([f"{where}, {name}", *row])
     return _table([model, *figures.systems], rows)
+
+
+def _added_rows(figures: Figures) -> Iterator[list[str]]:
+    """What a pool hit adds to a device hit of a server without a pool, and to one of its own."""
+    kinds = {(c.model, c.reuse) for c in figures.cells() if c.case == "single" and c.reuse}
+    for model, reuse in sorted(kinds):
+        for name, base in (("an L1 hit of l1", "l1"), ("one of its own", "")):
+            row = []
+            for system in figures.systems:
+                cells = (
+                    single(model, system, "cross", reuse),
+                    single(model, base or system, "within", reuse),
+                )
+                added = figures.over_rounds(lambda a, b: a - b, *cells)
+                low, middle, high = quartiles(added) if added else (0.0, 0.0, 0.0)
+                text = f"{1e3 * middle:.1f} ({1e3 * low:.1f} to {1e3 * high:.1f})"
+                row.append(text if added else "")
+            yield [f"{name}, {model}, {reuse} %", *row]
 
 
 # ---- pictures ---------------------------------------------------------------------------------

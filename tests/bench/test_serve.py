@@ -104,6 +104,15 @@ def test_the_report_shows_how_far_the_rounds_are_apart() -> None:
     assert "TTFT of a pool hit ÷ L1 hit | ≤ 1.10 | 1.04 (1.04–1.12) | yes |" in report
 
 
+def test_the_report_shows_what_a_pool_hit_adds_to_either_device_hit() -> None:
+    taken = [*known_run(), sample("ours", "within", 100, [0.51], round=0)]
+    run = {**serve.describe(serve.parse([])), "date": "today"}
+    report = serve_report.markdown(run, taken)
+    # Systems in the order of the run: none, l1, ours, …; 20 and 40 ms, and 10 in the one round.
+    assert "| an L1 hit of l1, gqa, 100 % |  |  | 30.0 (25.0 to 35.0) |" in report
+    assert "| one of its own, gqa, 100 % |  |  | 10.0 (10.0 to 10.0) |  |  |" in report
+
+
 def test_the_report_says_how_much_of_a_prefix_the_worst_hit_had() -> None:
     run = serve.describe(serve.parse([]))
     hits = [sample("ours", "cross", 50, [1.0], cached={"storage": 1664})]
