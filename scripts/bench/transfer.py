@@ -51,9 +51,10 @@ other ways of the part moves:
   load, packed             with transfer: packed, which host memory does not need (--packed)
 
 examples:
-  scripts/bench/transfer                          # all of it; 4 minutes on two quiet cores, 14 GB
+  scripts/bench/transfer                          # all of it; 5 minutes on two quiet cores, 14 GB
   scripts/bench/transfer --parts moves --shapes deepseek-r1 --pages 8 32 --in-flight 1 2 4
   scripts/bench/transfer --parts lookups --stored 10000 100000
+  scripts/bench/transfer --parts moves curve --one-core   # how much of a load is the other core
   scripts/bench/transfer --report                 # show again what --out holds
 
 It writes transfer.jsonl (every time taken), report.md, report.png and the workers' logs to --out.
@@ -76,7 +77,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=15, help="repetitions; medians are shown (15)")
     add("--in-flight", nargs="+", type=int, default=[1, 2, 4], help="bare gets at a time (1 2 4)")
     add("--batch-mib", type=int, default=None, help="the plugin's batch_bytes; its default")
-    add("--other-batches-mib", nargs="*", type=int, default=[16, 64], help="also these (16 64)")
+    add(
+        "--other-batches-mib",
+        nargs="*",
+        type=int,
+        default=[16, 64, 256],
+        help="also these (16 64 256)",
+    )
+    add("--one-core", action="store_true", help="load on the core of the caller, with its caches")
     packed = ["qwen2.5-0.5b", "deepseek-r1"]
     add("--packed", nargs="*", choices=MODELS, default=packed, help=f"also packed ({packed})")
     powers = [4**power for power in range(7)]

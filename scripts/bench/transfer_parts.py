@@ -92,6 +92,7 @@ class Run:
             own,
             [size * MIB for size in options.other_batches_mib if size * MIB != own],
             packed,
+            options.one_core,
         )
         self._work("bench.transfer_worker", asdict(task), pool)
 
