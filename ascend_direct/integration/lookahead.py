@@ -51,10 +51,14 @@ class _Question:
         clear = suspects.clear_prefix(whole) // parts.keys.per_page if whole else len(hashes)
         self._total = min(clear, len(hashes))
         self._keys = parts.keys.keys(parts.shard.of(hashes))
-        self._believed = parts.beliefs.prefix(self._keys)
+        # A hit that is not loaded in the end costs device slots and the pages evicted for them.
+        due = parts.engine.loads_due
+        self._believed = 0 if parts.engine.in_trouble else parts.beliefs.prefix(self._keys)
         unknown = self._keys[self._believed :]
-        self._ticket = parts.engine.ask_ahead(unknown) if unknown else None
-        self._pages: int | None = None if unknown and self._ticket else self._prefix(0)
+        self._ticket = parts.engine.ask_ahead(unknown) if unknown and due else None
+        self._pages: int | None = None
+        if self._ticket is None:
+            self._pages = self._prefix(0) if due else 0
 
     def answer(self) -> int:
         """Pages that can be had; PENDING until the pool has answered, 0 when it cannot."""
@@ -73,9 +77,12 @@ class _Question:
         self._parts.metrics.add(hits_not_worth=int(pages > 0))
         return 0
 
-    def cancel(self) -> None:
-        if self._ticket is not None:
+    def cancel(self, *, late: bool) -> None:
+        """Its request goes on without, because the answer is late or for a reason of its own."""
+        if self._ticket is not None and not self._ticket.returned:
             self._ticket.cancelled = True
+            if late:
+                self._parts.engine.no_answer()
 
 
 class _Reading:
@@ -109,7 +116,11 @@ class _Reading:
         """1 when every page of this rank's share has landed, 0 when not; PENDING until the call
         has returned."""
         if self.outcome is None and self._ticket is not None and self._ticket.returned:
-            outcome = self._parts.engine.outcome(self._ticket, self._keys)
+            # One that was given up says nothing of the pool: it has been counted, or cut off.
+            given_up = self._ticket.cancelled
+            outcome = LoadOutcome(False)
+            if not given_up:
+                outcome = self._parts.engine.outcome(self._ticket, self._keys)
             self.outcome = outcome
             if outcome.landed:
                 self._parts.beliefs.confirm(self._keys)
@@ -118,11 +129,12 @@ class _Reading:
                 self._suspects.add(outcome.suspect_keys)
         return PENDING if self.outcome is None else int(self.outcome.landed)
 
-    def cancel(self) -> None:
-        """Its request goes on without; the call ends at its next safe point."""
+    def cancel(self, *, late: bool) -> None:
+        """As of a question; the call ends at its next safe point."""
         if self._ticket is not None and not self._ticket.returned:
             self._ticket.cancelled = True
-            self._parts.engine.gave_up(self._keys)
+            if late:
+                self._parts.engine.gave_up(self._keys)
 
 
 @dataclass(eq=False)
@@ -207,13 +219,13 @@ class LookAhead:
     def drop(self, cache: Any, rid: str) -> None:
         """The request has been aborted while it waited."""
         if rid in self._ahead:
-            self._leave(cache, self._ahead[rid])
+            self._leave(cache, self._ahead[rid], late=False)
 
     def reset(self) -> None:
         """Forget everything, together with the tree; slots are the caller's once all calls have
         returned."""
         for one in self._ahead.values():
-            (one.reading or one.question).cancel()
+            (one.reading or one.question).cancel(late=False)
         self._ahead.clear()
         self._left.clear()
         self._seen.clear()
@@ -245,6 +257,9 @@ class LookAhead:
 
     def _begin(self, cache: Any, req: Any) -> None:
         """Match a request on the device and ask the pool for the rest."""
+        # Not those of an earlier match: its prefix may have been shorter, and a match that finds
+        # hardly anything missing does not ask.
+        self._hashes.pop(req.rid, None)
         req.init_next_round_input(cache, cow_mamba=False)
         hashes = self._hashes.pop(req.rid, ())
         self._seen.add(req.rid)
@@ -361,15 +376,14 @@ class LookAhead:
 
     def _give_up(self, cache: Any, one: _Ahead) -> None:
         self._parts.metrics.add(lookahead_given_up=1)
-        self._leave(cache, one)
+        self._leave(cache, one, late=True)
 
-    def _leave(self, cache: Any, one: _Ahead) -> None:
+    def _leave(self, cache: Any, one: _Ahead, *, late: bool) -> None:
         """The request goes on without; slots stay ours until no rank's call can write to them."""
+        (one.reading or one.question).cancel(late=late)
         if one.reading is None:
-            one.question.cancel()
             self._end(cache, one)
             return
-        one.reading.cancel()
         del self._ahead[one.req.rid]
         self._left.append(one)
 

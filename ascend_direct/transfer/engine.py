@@ -62,6 +62,11 @@ class LoadOutcome:
     suspect_keys: tuple[str, ...] = ()
     took_s: float = 0.0
 
+    @property
+    def quiet(self) -> bool:
+        """Whether no native call can write to the pages any more."""
+        return self.late is None or self.late.returned
+
 
 class TransferEngine:
     """Moves pages between one KV pool and one store.
@@ -125,9 +130,14 @@ class TransferEngine:
         return self._load_breaker.is_open
 
     @property
+    def loads_due(self) -> bool:
+        """Whether loads are tried, or it is time to try one again."""
+        return self._load_breaker.due(time.monotonic())
+
+    @property
     def may_load(self) -> bool:
         """Whether a load would be tried now; a hit promised otherwise costs device slots only."""
-        return not self._loading.busy and self._load_breaker.due(time.monotonic())
+        return not self._loading.busy and self.loads_due
 
     # ---- lookup ----------------------------------------------------------------------------
 
@@ -139,10 +149,14 @@ class TransferEngine:
             lambda ticket: self._probe(keys, ticket), self._limits.lookup_timeout_s
         )
         if ticket is None or not ticket.returned:
-            self._metrics.add(lookups_timed_out=1)
-            self._note_failure(self._breaker, "lookup", "no answer in time")
+            self.no_answer()
             return None
         return self.told(ticket)
+
+    def no_answer(self) -> None:
+        """A question has not returned in time."""
+        self._metrics.add(lookups_timed_out=1)
+        self._note_failure(self._breaker, "lookup", "no answer in time")
 
     def ask_ahead(self, keys: Sequence[str]) -> Ticket[int] | None:
         """`stored_prefix` without waiting; `told` has the answer once the ticket has returned.

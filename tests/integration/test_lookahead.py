@@ -10,8 +10,11 @@ import random
 import pytest
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
+from ascend_direct.integration import lookahead
+from tests.waiting import eventually
+
 from .audit import audit, check_at_rest, check_pool, drain
-from .prompts import counts, eventually, prompt, serve_and_store
+from .prompts import counts, prompt, serve_and_store
 from .served import Phase
 from .walk import WALK_CONFIG, Walk
 
@@ -138,6 +141,85 @@ def test_what_another_request_computes_while_the_pool_is_asked_is_not_read(make)
     finish(b, served)
     assert served.tokens == first.tokens
     assert served.tiers == {"device": 112, "host": 0, "storage": 80}
+    check_at_rest(b)
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("least_tokens", [1, 32])
+def test_what_an_earlier_match_found_missing_is_not_read_behind_a_longer_prefix(
+    make, monkeypatch, core, least_tokens
+) -> None:
+    config = {**AHEAD, "min_load_tokens": least_tokens}
+    a, b = make(core=core), make(core=core, config=config)
+    serve_and_store(a, TOKENS)
+    served = b.submit(TOKENS)
+    monkeypatch.setattr(lookahead, "MOST_REQUESTS", 0)
+    b.round()
+    b.match(served)  # SGLang matches waiting requests by itself, while nothing is on the device
+    # All whole pages come to the device, or all but the last, which is not worth a load.
+    b.serve(TOKENS[: 200 if least_tokens == 1 else 176 + 8] + prompt(20, seed=6))
+    monkeypatch.undo()
+    eventually(lambda: ready(b, served))
+    finish(b, served)
+    assert served.tiers == {"device": 192 if least_tokens == 1 else 176, "host": 0, "storage": 0}
+    drain(b)
+    check_pool(b)
+    check_at_rest(b)
+
+
+def test_questions_that_are_late_open_the_breaker(make) -> None:
+    b = make(config={**AHEAD, "load_timeout_ms": 30})
+    b.store.faults["exists"].hold()
+    waiting = [b.submit(prompt(200, seed=seed)) for seed in range(4)]
+    eventually(lambda: (b.round(), not any(b.look_ahead.holds(s.req.rid) for s in waiting))[1])
+    assert counts(b)["lookups_timed_out"] == 4
+    assert b.controller.engine.in_trouble
+    asked = b.store.counts["exists"].calls
+    b.store.faults["exists"].release()
+    for served in waiting:
+        finish(b, served)
+    assert b.store.counts["exists"].calls <= asked + 1, "those given up were not asked any more"
+
+
+def test_a_read_that_was_given_up_is_no_sign_of_a_pool_that_delivers(make) -> None:
+    a, b = make(), make(config={**AHEAD, "load_timeout_ms": 30}, tokens=8192)
+    for seed in range(4):
+        serve_and_store(a, prompt(200, seed=seed))
+    b.store.faults["get"].hold()
+    for seed in range(4):
+        b.serve(prompt(200, seed=seed))
+    assert b.controller.engine.loads_in_trouble
+    b.store.faults["get"].release()
+    drain(b)
+    assert b.controller.quarantined_tokens == 0
+    assert b.controller.engine.loads_in_trouble, "only a load in time closes it"
+    assert counts(b)["loads"] == 0
+
+
+def test_nothing_is_promised_while_loads_are_left_alone(make) -> None:
+    a, b = make(), make(config=AHEAD)
+    for seed in range(5):
+        serve_and_store(a, prompt(200, seed=seed))
+    b.store.faults["get"].fails_after_keys = 0
+    for seed in range(4):
+        b.serve(prompt(200, seed=seed))
+    assert b.controller.engine.loads_in_trouble
+    served = b.submit(prompt(200, seed=4))
+    b.round()
+    b.round()
+    assert not b.look_ahead.holds(served.req.rid), "it does not wait for a load that is not tried"
+    finish(b, served)
+
+
+def test_an_aborted_request_is_no_failure_of_the_pool(make) -> None:
+    a, b = make(), make(config=AHEAD)
+    serve_and_store(a, TOKENS)
+    b.store.faults["get"].hold()
+    served = b.submit(TOKENS)
+    eventually(lambda: (ready(b, served), b.look_ahead.held_tokens)[1])
+    b.abort(served)
+    assert counts(b)["loads_late"] == 0
+    b.store.faults["get"].release()
     check_at_rest(b)
 
 
