@@ -96,6 +96,8 @@ class StoreQueue:
                 return
             # Behind a job that was given up there is only waiting, with the pages pinned.
             hung = self._running is not None and self._running.surrendered
+            if not hung:
+                self._make_room(job.size_bytes)
             full = 0 < self._held_bytes > self._limit_bytes - job.size_bytes
             if self._stopped or hung or full:
                 self._finish(job, False)
@@ -104,6 +106,15 @@ class StoreQueue:
             self._held_bytes += job.size_bytes
             self._waiting.append(job)
             self._wake.notify()
+
+    def _make_room(self, size_bytes: int) -> None:
+        """Drop what has waited longest: what is behind it stays pinned until its turn to be told,
+        also where it was refused. A job that cannot fit beside the one that runs makes no room."""
+        if size_bytes + (self._running.size_bytes if self._running else 0) > self._limit_bytes:
+            return
+        while self._waiting and self._held_bytes + size_bytes > self._limit_bytes:
+            self._release(self._waiting.popleft())
+            self._metrics.add(stores_dropped_queue_full=1)
 
     def completed(self) -> int:
         """How many results can be popped now."""

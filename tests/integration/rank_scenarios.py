@@ -26,13 +26,14 @@ from sglang.srt.utils import rank_consensus_checker
 
 from ascend_direct.errors import StoreUnavailable
 from ascend_direct.integration.radix_cache import LATE_STORE_ROUNDS
+from tests.waiting import eventually
 
 from ..fakes.memory_store import MemoryStore
 from .audit import audit, check_all_evictable, drain
 from .file_pool import FilePool
 from .instance import Instance
 from .oracle import Ledger
-from .prompts import counts, eventually, evict_all, prompt, serve_and_store
+from .prompts import counts, evict_all, prompt, serve_and_store
 from .walk import WALK_CONFIG, Walk
 
 TOKENS = prompt(200)
@@ -101,6 +102,18 @@ def ranks(rank: int, group: Any, folder: Path) -> Iterator[Ranks]:
     made.barrier()
     for instance in made.made:
         instance.close()
+
+
+def pinned(rank: int, group: Any, folder: Path, kind: str) -> int:
+    """Pages' worth of bytes that the write-back queue counts for twelve pages that it pins."""
+    with ranks(rank, group, folder) as r:
+        a = r.make(kind=kind)
+        a.store.faults["exists"].hold()
+        a.serve(TOKENS)
+        held_bytes = a.controller.engine.stores.held_bytes
+        a.store.faults["exists"].release()
+        drain(a)
+        return held_bytes // a.controller.layout.page_bytes
 
 
 def _stored_by_a(r: Ranks, **options: Any) -> tuple[Instance, Instance]:

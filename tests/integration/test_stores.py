@@ -14,10 +14,11 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from ascend_direct.device import Device
 from ascend_direct.integration.radix_cache import LATE_STORE_ROUNDS
 from ascend_direct.store.base import PageStatus
+from tests.waiting import eventually
 
 from .audit import audit, check_pool, drain
 from .instance import Instance
-from .prompts import counts, eventually, evict_all, prompt, serve_and_store
+from .prompts import counts, evict_all, prompt, serve_and_store
 
 CORES = ("rust", "python")
 TOKENS = prompt(200)
@@ -129,7 +130,7 @@ def test_a_store_that_fails_costs_nothing_and_is_tried_again(make, fail) -> None
 
 
 @pytest.mark.parametrize("core", CORES)
-def test_a_full_queue_drops_the_newest_store_in_its_turn(make, core) -> None:
+def test_a_store_without_room_beside_the_running_one_is_dropped_in_its_turn(make, core) -> None:
     a = make(core=core)
     queue = a.controller.engine.stores
     queue._limit_bytes = 20 * a.controller.layout.page_bytes

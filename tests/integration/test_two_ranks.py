@@ -53,6 +53,11 @@ def test_what_two_ranks_computed_two_ranks_load(pair, kind, core) -> None:
         assert (rank["device"], rank["host"], rank["storage"]) == (0, 0, 192)
 
 
+@pytest.mark.parametrize("kind", ["gqa", "mla"])
+def test_what_write_back_pins_is_counted_whole_where_ranks_store_a_share(pair, kind) -> None:
+    assert pair.run("pinned", kind=kind) == [12, 12]
+
+
 def test_each_rank_moves_its_own_heads(pair) -> None:
     for rank in pair.run("hit", kind="gqa"):
         assert rank["objects"] == 2 * PAGES

@@ -18,6 +18,7 @@ from ascend_direct.page_layout import PageLayout, Span
 from ascend_direct.store.base import PageStatus, StoreContext
 from ascend_direct.transfer import StoreJob, TransferEngine, TransferLimits
 from tests.fakes.memory_store import MemoryPool, MemoryStore
+from tests.waiting import eventually
 
 PAGES, LAYERS, SPAN_BYTES = 64, 3, 256
 
@@ -67,13 +68,6 @@ class Pool:
         self.engine.stores.submit(self.job(keys, pages))
         eventually(lambda: self.engine.stores.completed() > 0)
         return self.engine.stores.pop()
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never happened"
-        time.sleep(0.002)
 
 
 def pages_of(*numbers: int) -> Callable[[], np.ndarray]:
@@ -263,10 +257,11 @@ def test_results_of_stores_come_in_the_order_of_submission(make) -> None:
     assert a.stored == ["a", "c", "d"]
 
 
-def test_a_store_that_does_not_fit_the_queue_fails_in_its_turn(make) -> None:
+def test_a_store_that_does_not_fit_beside_the_running_one_fails_in_its_turn(make) -> None:
     a = make(store_queue_bytes=4 * LAYERS * SPAN_BYTES)
     a.store.faults["put"].hold()
     a.engine.stores.submit(a.job(["a", "b", "c"], [1, 2, 3]))
+    assert a.store.faults["put"].entered.wait(5)
     a.engine.stores.submit(a.job(["d", "e"], [4, 5]))
     a.engine.stores.submit(a.job(["f"], [6]))
     assert a.engine.stores.completed() == 0  # first in, first out
@@ -275,6 +270,21 @@ def test_a_store_that_does_not_fit_the_queue_fails_in_its_turn(make) -> None:
     assert [a.engine.stores.pop() for _ in range(3)] == [True, False, True]
     assert a.metrics.snapshot()["stores_dropped_queue_full"] == 1
     assert a.engine.stores.held_bytes == 0
+
+
+def test_a_full_queue_gives_up_what_has_waited_longest(make) -> None:
+    a = make(store_queue_bytes=4 * LAYERS * SPAN_BYTES)
+    a.store.faults["put"].hold()
+    a.engine.stores.submit(a.job(["a"], [1]))
+    assert a.store.faults["put"].entered.wait(5)
+    for keys, pages in ((["b"], [2]), (["c", "d"], [3, 4]), (["e", "f"], [5, 6])):
+        a.engine.stores.submit(a.job(keys, pages))
+    assert a.engine.stores.held_bytes == 3 * LAYERS * SPAN_BYTES, "a runs, e and f wait"
+    a.store.faults["put"].release()
+    eventually(lambda: a.engine.stores.completed() == 4)
+    assert [a.engine.stores.pop() for _ in range(4)] == [True, False, False, True]
+    assert a.metrics.snapshot()["stores_dropped_queue_full"] == 2
+    assert a.stored == ["a", "e", "f"]
 
 
 def test_a_pool_that_does_not_answer_pins_queued_stores_for_a_loads_deadline_only(make) -> None:
