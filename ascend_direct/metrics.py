@@ -25,11 +25,10 @@ class Counts:
     page in several objects once per object.
     """
 
-    lookups: int = _count(
-        "Lookups by the scheduler; a waiting request is looked up in every round."
-    )
+    lookups: int = _count("Lookups by the scheduler, of each waiting request in every round.")
     lookups_from_memo: int = _count("Lookups answered from the request's last answer.")
     lookups_timed_out: int = _count("Lookups that the pool did not answer in time.")
+    lookups_put_off: int = _count("Lookups not made because the round has asked for long enough.")
     lookup_hit_pages: int = _count("Pages that lookups promised.")
     hits_not_worth: int = _count("Lookups whose hit was not worth a load (admission: cost).")
     loads: int = _count("Loads that landed.")
@@ -59,7 +58,7 @@ class Counts:
     breaker_opened: int = _count("Times that the pool was left alone after failures.")
 
 
-_TROUBLE = re.compile("failed|late$|corrupt|dropped|timed|busy|not_tried|elsewhere|detached")
+_TROUBLE = re.compile("failed|late$|corrupt|dropped|timed|busy|not_tried|off$|elsewhere|detached")
 # Counter → what it counts.
 NAMES: dict[str, str] = {each.name: each.metadata["help"] for each in fields(Counts)}
 # What has a level and no total → what it is.

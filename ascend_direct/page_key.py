@@ -55,15 +55,6 @@ class Namespace:
         """The part of the digest that keys carry: 64 bits."""
         return self.digest[:16]
 
-    def differences(self, other: Namespace) -> list[str]:
-        """Why two instances do not share pages: ``model.dtype: 'bfloat16' ≠ 'float16'``."""
-        ours, theirs = _flat(self.fields), _flat(other.fields)
-        return [
-            f"{name}: {ours.get(name, 'absent')} ≠ {theirs.get(name, 'absent')}"
-            for name in sorted(ours.keys() | theirs.keys())
-            if ours.get(name) != theirs.get(name)
-        ]
-
 
 def rank_part(rank: int, size: int, replicated: bool) -> str:
     """Rank part of an attention-TP rank: its own where heads are split, else `REPLICATED`.
@@ -155,13 +146,3 @@ def _frame(value: FieldValue) -> bytes:
     else:
         raise DirectError(f"a namespace field cannot be a {type(value).__name__}: {value!r}")
     return b"%s%d:%s" % (kind, len(body), body)
-
-
-def _flat(fields: Mapping[str, FieldValue], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = repr(value)
-    return flat

@@ -10,6 +10,7 @@ memory; transfer owns threads and deadlines. Every bool returned here is the sam
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from array import array
@@ -35,6 +36,10 @@ from ascend_direct.integration.replicas import WHOLE, ReadChoice
 from ascend_direct.transfer import LoadOutcome, StoreJob
 
 logger = logging.getLogger(__name__)
+
+
+# Of lookup_timeout_ms: what one round may spend on asking the pool.
+ROUND_TIMEOUTS = 2
 
 
 class _Quarantined(NamedTuple):
@@ -77,6 +82,8 @@ class CacheControllerDirect(UnifiedCacheLinker):
         self._loaded_pages = 0
         self._suspects = Suspects()
         self._memo = LookupMemo(parts.config.lookup_memo_ms / 1e3)
+        # Slow answers are no failures, but many in one round would hold up those who decode.
+        self._asked_s = 0.0
         self._page_size = params.page_size
         self._min_pages = -(-parts.config.min_load_tokens // params.page_size)
         self._quarantine: deque[_Quarantined] = deque()
@@ -126,10 +133,15 @@ class CacheControllerDirect(UnifiedCacheLinker):
         held = self._memo.recall(rid, hashes)
         if held is not None:
             self.metrics.add(lookups_from_memo=1)
+        elif self._asked_s >= ROUND_TIMEOUTS * self.config.lookup_timeout_ms / 1e3:
+            self.metrics.add(lookups_put_off=1)
+            return []
         else:
+            begin_s = time.monotonic()
             # Of pages that all ranks hold alike each rank asks for its share: SGLang intersects.
             held = self._ask(self._keys.keys(self._shard.of(hashes)))
             self._memo.note(rid, hashes, held)
+            self._asked_s += time.monotonic() - begin_s
         hit = self._shard.prefix(held // self._keys.per_page, len(hashes))
         if self._suspects:  # of any rank's share: the others do not know
             whole = self._keys.keys(hashes[:hit])
@@ -141,6 +153,10 @@ class CacheControllerDirect(UnifiedCacheLinker):
         self.metrics.add(lookup_hit_pages=hit if hit >= floor else 0)
         # SGLang sets a flag for each length, to intersect ranks: one rank needs the longest only.
         return [hit] if self.ranks.alone and hit >= floor else list(range(floor, hit + 1))
+
+    def begin_round(self) -> None:
+        """The scheduler is about to look at its waiting requests."""
+        self._asked_s = 0.0
 
     def _ask(self, keys: Sequence[str]) -> int:
         if not self.engine.may_load:
@@ -204,8 +220,7 @@ class CacheControllerDirect(UnifiedCacheLinker):
 
     def _agree(self, outcome: LoadOutcome) -> tuple[bool, bool]:
         """Whether all ranks' loads landed, and whether all their native calls have returned."""
-        still = outcome.late is None or outcome.late.returned
-        mine = [int(outcome.landed), int(still), -self._reading.last_us_per_page]
+        mine = [int(outcome.landed), int(outcome.quiet), -self._reading.last_us_per_page]
         landed, quiet, cost = self.ranks.smallest(mine)
         self._reading.agreed(-cost)
         self.metrics.add(loads_elsewhere=int(outcome.landed and not landed))
@@ -221,12 +236,8 @@ class CacheControllerDirect(UnifiedCacheLinker):
         """Slots no rank's native call can touch any more, to be freed; same on all ranks."""
         if not self._quarantine:
             return []
-        quiet = 0
-        for held in self._quarantine:
-            if held.outcome.late is not None and not held.outcome.late.returned:
-                break
-            quiet += 1
-        (quiet,) = self.ranks.smallest([quiet])
+        first = itertools.takewhile(lambda held: held.outcome.quiet, self._quarantine)
+        (quiet,) = self.ranks.smallest([len(list(first))])
         return [self._quarantine.popleft().slots for _ in range(quiet)]
 
     def start_layer_wise_loading(self) -> int:
@@ -263,7 +274,8 @@ class CacheControllerDirect(UnifiedCacheLinker):
                 keys=keys,
                 pages=lambda: shard.of(page_numbers(torch.cat(slots), self._page_size)),
                 fence=self._device.fence(self.forward_stream),
-                size_bytes=len(keys) * self.layout.object_bytes,
+                # All that the node pins here, of which this rank may store a share.
+                size_bytes=len(hashes) * self.layout.page_bytes,
             )
         )
         return True
@@ -320,5 +332,4 @@ class CacheControllerDirect(UnifiedCacheLinker):
 
 def _warm_up_page_hash(page_size: int) -> None:
     """SGLang compiles its page hash at first use, which takes ten seconds: not in a request."""
-    key = RadixKey(array("q", range(page_size)))
-    get_storage_hash_str(key, None, page_size=page_size)
+    get_storage_hash_str(RadixKey(array("q", range(page_size))), None, page_size=page_size)

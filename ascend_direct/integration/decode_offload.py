@@ -83,7 +83,9 @@ class DecodeOffload:
         mine = kv_manager.attn_tp_size
         others = {
             info.attn_tp_size
-            for info in kv_manager.prefill_info_table.values()
+            for info in list(
+                kv_manager.prefill_info_table.values()
+            )  # its heartbeat thread drops nodes
             if info.attn_tp_size != mine
         }
         (worst,) = self._controller.ranks.smallest([-max(others, default=0)])

@@ -116,10 +116,7 @@ def _store_problems(config: DirectConfig, device: str | None) -> list[str]:
 
 def register_backend() -> None:
     """Make `--radix-cache-backend ascend_direct` known to this process; again is fine."""
-    from sglang.srt.mem_cache.registry import (
-        get_radix_cache_factory,
-        register_radix_cache_backend,
-    )
+    from sglang.srt.mem_cache.registry import get_radix_cache_factory, register_radix_cache_backend
 
     if get_radix_cache_factory(BACKEND) is None:
         register_radix_cache_backend(BACKEND, _create_cache)

@@ -73,10 +73,7 @@ _CONFLICTS = (
         lambda a: a.encoder_only,
         "--encoder-only computes no KV: drop it, or run without the cache.",
     ),
-    _Conflict(
-        lambda a: a.use_ray,
-        "--use-ray has not been tested with a linked pool: drop it.",
-    ),
+    _Conflict(lambda a: a.use_ray, "--use-ray has not been tested with a linked pool: drop it."),
     _Conflict(
         lambda a: a.disaggregation_decode_retraction_backup == "host_pool",
         "--disaggregation-decode-retraction-backup host_pool would build a host pool and silently "

@@ -88,6 +88,7 @@ class HiRadixCacheDirect(UnifiedRadixCache):
     def check_hicache_events(self) -> None:
         """Once per scheduler round, on every rank: results of stores, slots and nodes set free."""
         controller = self.direct_controller
+        controller.begin_round()
         self._surrender_late_store(controller)
         super().check_hicache_events()
         self._release_late_stores(controller)
@@ -143,6 +144,12 @@ class HiRadixCacheDirect(UnifiedRadixCache):
         """End of an attempt that held slots. SGLang does not call `finish` for those."""
         super().on_release(req, checkpointed=checkpointed)
         self._forget_hit(req.rid)
+
+    def claim_kv_row(self, req: Any) -> bool:
+        """A streaming session keeps the slots; SGLang then calls neither of the two above."""
+        if claimed := super().claim_kv_row(req):
+            self._forget_hit(req.rid)
+        return bool(claimed)
 
     def _forget_hit(self, rid: str) -> None:
         """Drop what is kept of a hit that was matched and never loaded."""

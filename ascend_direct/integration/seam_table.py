@@ -185,6 +185,13 @@ SEAMS = (
         "as finish, for requests that held slots: SGLang does not finish those",
         "SGLang clears hit markers on success",
     ),
+    Seam(
+        f"{_CACHE}.claim_kv_row",
+        ("req",),
+        "subclass",
+        "as on_release, for turns of a streaming session, which keeps the slots",
+        "SGLang clears hit markers on success",
+    ),
     Seam(f"{_CACHE}.reset", (), "subclass", "late stores end with the tree", _POLICY),
     Seam(f"{_CACHE}.inc_lock_ref", ("node_id",), "read", "pins nodes of late stores", _POLICY),
     Seam(f"{_CACHE}.dec_lock_ref", ("node_id", "params"), "read", "unpins them", _POLICY),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -89,7 +89,6 @@ class StoreStats:
     pages: int | None = None
     used_bytes: int | None = None
     capacity_bytes: int | None = None
-    detail: dict[str, Any] = field(default_factory=dict)
 
 
 class PageStore(ABC):

@@ -151,7 +151,7 @@ class LocalStore(base.PageStore):
                 pages, used_bytes = txn.stat(self._stamps)["entries"], self._live_bytes(txn)
         except StoreUnavailable:
             return StoreStats(capacity_bytes=self._capacity_bytes)
-        return StoreStats(pages, used_bytes, self._capacity_bytes, {"path": str(self._path)})
+        return StoreStats(pages, used_bytes, self._capacity_bytes)
 
     def close(self) -> None:
         with self._lock:

@@ -222,10 +222,7 @@ class MemoryStore(PageStore):
     def stats(self) -> StoreStats:
         if not self._open:
             return StoreStats()
-        detail = {"evicted_pages": self.pool.evicted_pages}
-        return StoreStats(
-            len(self.pool), self.pool.used_bytes, self.pool.capacity_bytes, detail=detail
-        )
+        return StoreStats(len(self.pool), self.pool.used_bytes, self.pool.capacity_bytes)
 
     def close(self) -> None:
         self.closes += 1

@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from .audit import audit, drain
@@ -38,11 +35,3 @@ def evict_all(instance: Instance) -> None:
 def counts(instance: Instance) -> dict[str, int]:
     """The instance's counters."""
     return instance.controller.metrics.snapshot()
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Wait for another thread."""
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never happened"
-        time.sleep(0.002)

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from ascend_direct.store.base import PageStatus
+from tests.waiting import eventually
 
 from .audit import audit, drain
-from .prompts import counts, eventually, evict_all, prompt, serve_and_store
+from .prompts import counts, evict_all, prompt, serve_and_store
 
 CORES = ("rust", "python")
 TOKENS = prompt(200)

@@ -10,8 +10,10 @@ import time
 import pytest
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 
+from tests.waiting import eventually
+
 from .audit import audit, drain
-from .prompts import counts, eventually, evict_all, prompt, serve_and_store
+from .prompts import counts, evict_all, prompt, serve_and_store
 from .served import Phase
 
 CORES = ("rust", "python")
@@ -210,3 +212,36 @@ def test_a_detached_instance_neither_loads_nor_stores(make) -> None:
     _finish(b, waiting)  # matched before, loaded after
     assert waiting.tiers["storage"] == 0
     assert b.store.counts["put"].calls == 0
+
+
+def test_slow_answers_hold_up_a_round_for_so_long_only(make) -> None:
+    a, b = make(), make(config={"lookup_timeout_ms": 200})
+    prompts = [prompt(200, seed=seed) for seed in range(6)]
+    for tokens in prompts:
+        serve_and_store(a, tokens)
+    b.store.faults["exists"].delay_ms = 120  # in time, each of them
+    waiting = [b.submit(tokens) for tokens in prompts]
+    for asked in (range(2, 5), range(4, 7)):
+        b.round()
+        for served in waiting:
+            b.match(served)
+        assert b.store.counts["exists"].calls in asked
+    assert counts(b)["lookups_put_off"] >= 2
+    b.store.faults["exists"].delay_ms = 0
+    for served in waiting:
+        b.abort(served)
+    assert b.serve(prompts[5]).tiers["storage"] == 192
+
+
+def test_a_turn_that_a_streaming_session_keeps_leaves_nothing_of_its_hit(make, monkeypatch) -> None:
+    a, b = make(), make()
+    serve_and_store(a, TOKENS)
+    served = b.submit(TOKENS)
+    b.match(served)
+    assert b.tree.linker.hit_markers
+    monkeypatch.setattr(b.tree.session, "try_cache_finished_req", lambda req: True)
+    assert b.tree.claim_kv_row(served.req)
+    assert b.tree.linker.hit_markers == {}
+    monkeypatch.undo()
+    assert not b.tree.claim_kv_row(served.req)
+    b.abort(served)

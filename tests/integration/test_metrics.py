@@ -123,7 +123,9 @@ def test_levels_follow_a_late_load(make) -> None:
 
 
 def test_levels_tell_what_stores_pin(make) -> None:
-    from .prompts import eventually, prompt
+    from tests.waiting import eventually
+
+    from .prompts import prompt
 
     a = make(config={"load_timeout_ms": 40, "store_timeout_ms": 40})
     a.store.faults["put"].hold()

@@ -12,10 +12,11 @@ import pytest
 from ascend_direct.config import DirectConfig
 from ascend_direct.errors import StoreUnavailable
 from ascend_direct.integration import launch
+from tests.waiting import eventually
 
 from ..fakes.memory_store import MemoryStore
 from .launching import command_line, resolved, with_flag
-from .prompts import counts, eventually, evict_all, prompt, serve_and_store
+from .prompts import counts, evict_all, prompt, serve_and_store
 
 TOKENS = prompt(200)
 AWAY = "nobody listens at tcp://10.0.0.1:5000: start the MetaService of the pool."

@@ -65,7 +65,6 @@ class TestNamespace:
         same = identity(one) == identity(other)
         assert (Namespace(one).digest == Namespace(other).digest) is same
         assert (Namespace(one).digest16 == Namespace(other).digest16) is same
-        assert bool(Namespace(one).differences(Namespace(other))) <= (not same)
 
     @briefly
     @given(st.lists(values, max_size=4), st.lists(values, max_size=4))
@@ -105,15 +104,6 @@ class TestNamespace:
 
     def test_tuples_and_lists_are_one(self) -> None:
         assert Namespace({"a": (1, 2)}).digest == Namespace({"a": [1, 2]}).digest
-
-    def test_tells_operators_what_differs(self) -> None:
-        one = Namespace({"model": {"dtype": "bfloat16", "same": 1}, "layout": "a"})
-        other = Namespace({"model": {"dtype": "float16", "same": 1}, "tp": 2})
-        assert one.differences(other) == [
-            "layout: 'a' ≠ absent",
-            "model.dtype: 'bfloat16' ≠ 'float16'",
-            "tp: absent ≠ 2",
-        ]
 
     @pytest.mark.parametrize("value", [1.5, b"bytes", {1: "x"}, {"a": {2}}, object()])
     def test_refuses_values_without_one_spelling(self, value: Any) -> None:
