@@ -136,7 +136,9 @@ class MemcacheConfig(_Section):
         "tcp://127.0.0.1:6000", description="Config store address of the same MetaService."
     )
     metrics_url: Annotated[str, AfterValidator(_http_url)] = Field(
-        "", description="HTTP address of MetaService; used to wait until all members are linked."
+        "",
+        description="HTTP address of MetaService: start-up waits there until members are linked; "
+        "doctor and pool stats, ls and clear ask it. Empty: none of that.",
     )
     protocol: Protocol = Field(
         "host_tcp", description="Data path: device_sdma on A3, device_rdma on A2, host_* elsewhere."
@@ -247,9 +249,7 @@ class DirectConfig(_Section):
         description="PD decode: a running answer is stored each time it has grown by this many "
         "tokens; 0 stores it when it ends.",
     )
-    min_load_tokens: int = Field(
-        128, ge=1, description="Shorter pool hits are recomputed (original proposal: 128)."
-    )
+    min_load_tokens: int = Field(128, ge=1, description="Shorter pool hits are recomputed.")
     admission: Literal["floor", "cost"] = Field(
         "floor",
         description="Which hits are loaded: floor, all of min_load_tokens or more; cost, those of "

@@ -17,8 +17,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ascend_direct.cli import checks, pool, pool_checks
+from ascend_direct.cli import checks, pool_checks
 from ascend_direct.cli.checks import Check
+from ascend_direct.cli.conventions import EXIT_CONFIG, EXIT_UNAVAILABLE, Config
 from ascend_direct.config import DirectConfig
 from ascend_direct.store.base import PageStore
 
@@ -30,7 +31,6 @@ LOOKS = {
 }
 NAME_WIDTH = 18
 
-Config = Annotated[str | None, pool._option("--config", "JSON or @file, as the servers have it.")]
 Quick = Annotated[
     bool, typer.Option("--quick", help="Neither import SGLang nor join the pool: a second.")
 ]
@@ -68,7 +68,7 @@ def doctor(
         console.print(f"{len(found)} checks, {len(failures)} failed, {warnings} warnings")
     if failures:
         only_pool = all(check.of_pool for check in failures)
-        raise typer.Exit(pool.EXIT_UNAVAILABLE if only_pool else pool.EXIT_CONFIG)
+        raise typer.Exit(EXIT_UNAVAILABLE if only_pool else EXIT_CONFIG)
 
 
 def examine(source: str | None, quick: bool, timeout_s: float) -> Iterator[Check]:

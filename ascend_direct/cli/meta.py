@@ -25,7 +25,8 @@ from urllib.parse import urlsplit
 
 import typer
 
-from ascend_direct.cli import manifests, pool
+from ascend_direct.cli import manifests
+from ascend_direct.cli.conventions import EXIT_OK, EXIT_UNAVAILABLE, complain, option
 from ascend_direct.config import DirectConfig, MemcacheConfig
 from ascend_direct.errors import ConfigError
 from ascend_direct.store import memcache_host
@@ -49,7 +50,7 @@ class Output(str, Enum):
 
 Config = Annotated[
     str | None,
-    pool._option("--config", "JSON or @file, as the servers have it: its URLs are used."),
+    option("--config", "JSON or @file, as the servers have it: its URLs are used."),
 ]
 High = Annotated[int, typer.Option("--evict-above", help="Fill, in percent, that starts eviction.")]
 Low = Annotated[int, typer.Option("--evict-to", help="Fill, in percent, at which eviction ends.")]
@@ -73,7 +74,10 @@ Replicas = Annotated[
     ),
 ]
 Namespace = Annotated[
-    str, typer.Option("--namespace", help="Of --print kubernetes; with --replicas: default.")
+    str,
+    typer.Option(
+        "--namespace", help="Of --print kubernetes; else kubectl's own, with --replicas `default`."
+    ),
 ]
 Ha = Annotated[
     bool,
@@ -115,8 +119,7 @@ def meta(
         if reasons:
             raise ConfigError(reasons)
     except ConfigError as error:
-        pool._complain(error)
-        raise typer.Exit(pool.EXIT_CONFIG) from None
+        raise typer.Exit(complain(error)) from None
     raise typer.Exit(_Service(options, settings, as_json).run())
 
 
@@ -287,14 +290,14 @@ class _Service:
                 self._process.wait()
         if self._asked_to_end:
             self._say("ended", "MetaService has ended")
-            return pool.EXIT_OK
+            return EXIT_OK
         what = f"ended with {code}" if code is not None else "is not ready"
         typer.echo(
             f"ascend-direct: MetaService {what}: another may run on this host, MemCache allows "
             f"one; its log is in {self._options['log_path']}.",
             err=True,
         )
-        return pool.EXIT_UNAVAILABLE
+        return EXIT_UNAVAILABLE
 
     def _say(self, event: str, line: str) -> None:
         if self._as_json:

@@ -15,16 +15,16 @@ from typing import Annotated, Any
 
 import typer
 
-from ascend_direct.cli import plan_report, pool
+from ascend_direct.cli import plan_report
+from ascend_direct.cli.conventions import complain, size_bytes
 from ascend_direct.cli.planning import costs as cost_lines
 from ascend_direct.cli.planning import forecast, validation
 from ascend_direct.cli.planning.hardware import HARDWARE
 from ascend_direct.cli.planning.model_shape import ModelShape, read_shape
 from ascend_direct.cli.planning.routing import POLICIES
 from ascend_direct.cli.planning.simulation import Fleet
-from ascend_direct.cli.planning.synthetic import generate, read_synthetic
+from ascend_direct.cli.planning.synthetic import Synthetic, generate, read_synthetic
 from ascend_direct.cli.planning.traces import Trace, read_trace
-from ascend_direct.config import parse_bytes
 from ascend_direct.errors import ConfigError
 
 MOST_INSTANCES = 10_000
@@ -66,8 +66,8 @@ Made = Annotated[
     str | None,
     typer.Option(
         "--synthetic",
-        help="Without --trace: parameters of conversations to make up, JSON or @file; a wrong name "
-        "lists them.",
+        help="Without --trace: conversations to make up, JSON or @file of "
+        f"{', '.join(Synthetic.model_fields)}.",
     ),
 ]
 Instances = Annotated[str, typer.Option(help="Numbers of instances, with commas.")]
@@ -77,7 +77,12 @@ Whose = Annotated[
 Routing = Annotated[Policy, typer.Option("--routing", help="How requests are spread.")]
 Batch = Annotated[int, typer.Option(min=1, help="Tokens of a prefill: --chunked-prefill-size.")]
 CostFile = Annotated[
-    str | None, typer.Option("--costs", help="Measured costs over the table's, JSON or @file.")
+    str | None,
+    typer.Option(
+        "--costs",
+        help="Measured costs over the table's, JSON or @file of "
+        f"{', '.join(cost_lines.CostOptions.model_fields)}.",
+    ),
 ]
 Plot = Annotated[Path | None, typer.Option(help="Also draw it, to this PNG (needs matplotlib).")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
@@ -124,8 +129,7 @@ def plan(
         if plot is not None:
             plan_report.draw(found, plot)
     except ConfigError as error:
-        pool._complain(error)
-        raise typer.Exit(pool.EXIT_CONFIG) from None
+        raise typer.Exit(complain(error)) from None
 
 
 def _planned(given: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +172,7 @@ def _question(given: dict[str, Any], shape: ModelShape) -> forecast.Question:
     fleet = Fleet(
         instances=1,
         device_tokens=_device_tokens(given, shape, rank_bytes),
-        pool_tokens=_bytes("--pool-size", given["pool_size"]) // shape.kv_bytes_per_token,
+        pool_tokens=size_bytes("--pool-size", given["pool_size"]) // shape.kv_bytes_per_token,
         min_load_tokens=given["min_load_tokens"],
         batch_tokens=given["batch_tokens"],
         policy=given["routing"].value,
@@ -210,7 +214,7 @@ def _device_tokens(given: dict[str, Any], shape: ModelShape, rank_bytes: int) ->
     if given["device_tokens"]:
         return int(given["device_tokens"])
     table = HARDWARE[given["hardware"].value]
-    hbm = _bytes("--hbm", given["hbm"]) if given["hbm"] else table.hbm_bytes
+    hbm = size_bytes("--hbm", given["hbm"]) if given["hbm"] else table.hbm_bytes
     weights = shape.weight_bytes // given["tp"]
     room: int = int(hbm * given["mem_fraction"]) - weights
     if room < rank_bytes * given["page_size"]:
@@ -249,10 +253,3 @@ def _about(trace: Trace) -> dict[str, Any]:
         "page_tokens": trace.page_tokens,
         "notes": list(trace.notes),
     }
-
-
-def _bytes(flag: str, text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise ConfigError([f"{flag}: {error}."]) from None

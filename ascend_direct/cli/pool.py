@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 from typing import Annotated, Any, NoReturn, TextIO
@@ -21,44 +20,33 @@ from typing import Annotated, Any, NoReturn, TextIO
 import typer
 from rich.console import Console
 
+from ascend_direct.cli.conventions import EXIT_OK, complain, end, option, take_stdout
 from ascend_direct.config import MIB, DirectConfig, MemcacheConfig, parse_bytes
 from ascend_direct.errors import ConfigError, StoreUnavailable
-from ascend_direct.names import CONFIG_FLAG
 from ascend_direct.store.base import StoreContext
 from ascend_direct.store.memcache import MemcacheStore
-
-EXIT_OK, EXIT_CONFIG, EXIT_UNAVAILABLE = 0, 2, 3
 
 app = typer.Typer(help="Run and look after a MemCache pool.", no_args_is_help=True)
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps `member` a subcommand while it is the only one."""
-
-
-def _option(flag: str, text: str) -> Any:
-    return typer.Option(flag, help=text, show_default=False)
-
-
 Text = str | None
 Config = Annotated[
-    Text, _option("--config", "JSON or @file, as the servers have it; section memcache is used.")
+    Text, option("--config", "JSON or @file, as the servers have it; section memcache is used.")
 ]
-DramSize = Annotated[Text, _option("--dram-size", "DRAM to give, such as 64GB.")]
+DramSize = Annotated[Text, option("--dram-size", "DRAM to give, such as 64GB.")]
 MaxDramSize = Annotated[
-    Text, _option("--max-dram-size", "Largest --dram-size; the same on all members.")
+    Text, option("--max-dram-size", "Largest --dram-size; the same on all members.")
 ]
-MetaUrl = Annotated[Text, _option("--meta-service-url", "MetaService, as tcp://10.0.0.1:5000.")]
-StoreUrl = Annotated[Text, _option("--config-store-url", "Its config store, tcp://10.0.0.1:6000.")]
+MetaUrl = Annotated[Text, option("--meta-service-url", "MetaService, as tcp://10.0.0.1:5000.")]
+StoreUrl = Annotated[Text, option("--config-store-url", "Its config store, tcp://10.0.0.1:6000.")]
 MetricsUrl = Annotated[
-    Text, _option("--metrics-url", "Its HTTP address; without it links are not waited for.")
+    Text, option("--metrics-url", "Its HTTP address; without it links are not waited for.")
 ]
-Protocol = Annotated[Text, _option("--protocol", "Data path, the same as on the servers.")]
+Protocol = Annotated[Text, option("--protocol", "Data path, the same as on the servers.")]
 HcomUrl = Annotated[
-    Text, _option("--hcom-url", "This process's own address under host_tcp and host_rdma.")
+    Text, option("--hcom-url", "This process's own address under host_tcp and host_rdma.")
 ]
-WorldSize = Annotated[int | None, _option("--world-size", "Most members; the same on all of them.")]
+WorldSize = Annotated[int | None, option("--world-size", "Most members; the same on all of them.")]
 DeviceId = Annotated[int, typer.Option(help="NPU to use under a device_* protocol.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per event.")]
 
@@ -101,9 +89,8 @@ def member(
     try:
         settings = _settings(config, {name: v for name, v in given.items() if v is not None})
     except ConfigError as error:
-        _complain(error)
-        raise typer.Exit(EXIT_CONFIG) from None
-    _Member(settings, device_id, as_json, _take_stdout()).run()
+        raise typer.Exit(complain(error)) from None
+    _Member(settings, device_id, as_json, take_stdout()).run()
 
 
 def _settings(source: str | None, flags: dict[str, Any]) -> MemcacheConfig:
@@ -113,35 +100,6 @@ def _settings(source: str | None, flags: dict[str, Any]) -> MemcacheConfig:
     if parse_bytes(settings.dram_size) == 0:
         raise ConfigError(["a member without memory holds no pages: give --dram-size."])
     return settings
-
-
-def _complain(error: ConfigError | StoreUnavailable) -> None:
-    reasons = error.reasons if isinstance(error, ConfigError) else [str(error)]
-    for reason in reasons:
-        typer.echo(f"ascend-direct: {_in_our_words(reason)}", err=True)
-
-
-def _in_our_words(reason: str) -> str:
-    """The servers' option for the configuration has another name than these commands'."""
-    return reason.replace(CONFIG_FLAG, "--config")
-
-
-def _end(code: int) -> NoReturn:
-    """End the process now.
-
-    An ordinary exit would run the destructors of the native library, which crash while one of its
-    threads is still joining or leaving.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _take_stdout() -> TextIO:
-    """Standard output for our lines alone: what the native library prints there goes to stderr."""
-    ours = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return ours
 
 
 class _Member:
@@ -166,18 +124,17 @@ class _Member:
         try:
             self._store.open(StoreContext(device_id=self._device_id))
         except (ConfigError, StoreUnavailable) as error:
-            _complain(error)
-            _end(EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_UNAVAILABLE)
+            end(complain(error))
         self._has_joined = True
         self._say_joined()
         self._stop.wait()
         self._store.close()
         self._say({"event": "left"}, "left the pool; the pages it held are gone")
-        _end(EXIT_OK)
+        end(EXIT_OK)
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         if self._stop.is_set() or not self._has_joined:
-            _end(EXIT_OK)  # a second signal; or it holds no page yet, so nothing needs order
+            end(EXIT_OK)  # a second signal; or it holds no page yet, so nothing needs order
         self._stop.set()
 
     def _say_joined(self) -> None:

@@ -25,9 +25,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ascend_direct.cli import pool
+from ascend_direct.cli.conventions import (
+    EXIT_OK,
+    Config,
+    complain,
+    end,
+    size_bytes,
+    take_stdout,
+)
 from ascend_direct.cli.pool_clear import client_store
-from ascend_direct.config import GIB, MIB, parse_bytes
+from ascend_direct.config import GIB, MIB
 from ascend_direct.device import Device
 from ascend_direct.errors import ConfigError, StoreError, StoreUnavailable
 from ascend_direct.page_key import KEY_VERSION
@@ -39,7 +46,6 @@ EXIT_WRONG = 1
 # A call under way when the time is over, or after Ctrl-C, is waited for this long.
 PATIENCE_S = 10.0
 
-Config = Annotated[str | None, pool._option("--config", "JSON or @file, as the servers have it.")]
 Seconds = Annotated[float, typer.Option(min=0.1, max=600, help="Time to write, and to read.")]
 Size = Annotated[str, typer.Option(help="Room to take in the pool at most; it is given back.")]
 PageSize = Annotated[str, typer.Option(help="Bytes of a page: those in a server's start line.")]
@@ -90,29 +96,28 @@ def bench(
     Joins the pool as a client and takes at most --size of its room; a pool that is nearly full
     evicts servers' pages for it. The defaults are pages of about a 30B model on 8 ranks, 16 MB a
     call. Memory of this host is used, also where servers have NPUs. Ctrl-C ends it early, with the
-    figures so far and nothing left.
+    figures so far. Its pages are removed at the end; from MemCache only with memcache.metrics_url.
 
     Exit codes: 0 measured; 1 other bytes came back, or nothing could be moved; 2 bad configuration;
     3 the pool does not answer; 130 Ctrl-C.
     """
-    joined, code = False, pool.EXIT_OK
+    joined, code = False, EXIT_OK
     try:
         store, name = client_store(config)
         trial = _Trial(store, page_size, spans, pages, in_flight, size)
         joined = store.name == "memcache"
-        out = pool._take_stdout() if joined else sys.stdout
+        out = take_stdout() if joined else sys.stdout
         found = {"pool": name, **trial.run(seconds)}
         if not joined:  # MemCache's client takes its time to leave; the process ends instead
             store.close()
         print(json.dumps(found) if as_json else _text(found), file=out, flush=True)
         moved = all(found[way]["calls"] for way in ("put", "get"))
-        code = pool.EXIT_OK if found["same_bytes"] and moved else EXIT_WRONG
+        code = EXIT_OK if found["same_bytes"] and moved else EXIT_WRONG
         code = 130 if found["interrupted"] else code
     except (ConfigError, StoreUnavailable) as error:
-        pool._complain(error)
-        code = pool.EXIT_CONFIG if isinstance(error, ConfigError) else pool.EXIT_UNAVAILABLE
+        code = complain(error)
     if joined:
-        pool._end(code)
+        end(code)
     raise typer.Exit(code)
 
 
@@ -147,7 +152,7 @@ class _Trial:
     def __init__(
         self, store: PageStore, page_size: str, spans: int, pages: int, in_flight: int, size: str
     ) -> None:
-        page_bytes, room_bytes = _bytes("--page-size", page_size), _bytes("--size", size)
+        page_bytes, room_bytes = size_bytes("--page-size", page_size), size_bytes("--size", size)
         self._store = store
         self._span_bytes = page_bytes // spans
         self._call_bytes = self._span_bytes * spans * pages
@@ -179,7 +184,7 @@ class _Trial:
         regions = tuple(region for lane in self._lanes for region in lane.regions)
         page_bytes = self._call_bytes // self._pages
         self._store.open(StoreContext(memory=memory, page_bytes=page_bytes, regions=regions))
-        clear = f"ascend-direct pool clear --namespace {self.namespace}"
+        clear = f"ascend-direct pool clear --namespace {self.namespace} --config <the same>"
         put, get, interrupted = Way(self._call_bytes), Way(self._call_bytes), False
         try:
             typer.echo(f"pages under {self.namespace}; if this is killed: {clear}", err=True)
@@ -281,13 +286,6 @@ class _Trial:
         except (ConfigError, StoreError) as error:
             why = error.reasons[0] if isinstance(error, ConfigError) else f"{error}."
             return None, f"{len(self._stored) * self._pages} pages stay until evicted: {why}"
-
-
-def _bytes(flag: str, text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise ConfigError([f"{flag}: {error}."]) from None
 
 
 def _text(found: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from ascend_direct.cli import pool
+from ascend_direct.cli.conventions import EXIT_OK, Config, complain, end, option, take_stdout
 from ascend_direct.config import DirectConfig
 from ascend_direct.errors import ConfigError, StoreUnavailable
 from ascend_direct.page_key import KEY_VERSION
@@ -25,10 +25,9 @@ from ascend_direct.store.choice import choose_store
 
 EXIT_REFUSED = 1
 
-Config = Annotated[str | None, pool._option("--config", "JSON or @file, as the servers have it.")]
 Namespace = Annotated[
     str | None,
-    pool._option("--namespace", "One namespace: the 16 digits in a server's start line."),
+    option("--namespace", "One namespace: the 16 digits in a server's start line."),
 ]
 Everything = Annotated[
     bool, typer.Option("--everything", help="Objects of other programs too, without listing keys.")
@@ -58,18 +57,17 @@ def clear(
         if not yes:
             _ask(name, namespace, everything)
         joined = store.name == "memcache"
-        out = pool._take_stdout() if joined else sys.stdout
+        out = take_stdout() if joined else sys.stdout
         removed = _removed(store, prefix)
         event = {"event": "cleared", "pool": name, "prefix": prefix, "removed": removed}
         count = "all" if removed is None else removed
         line = json.dumps(event) if as_json else f"removed {count} objects from {name}"
         print(line, file=out, flush=True)
-        code = pool.EXIT_OK
+        code = EXIT_OK
     except (ConfigError, StoreUnavailable) as error:
-        pool._complain(error)
-        code = pool.EXIT_CONFIG if isinstance(error, ConfigError) else pool.EXIT_UNAVAILABLE
+        code = complain(error)
     if joined:
-        pool._end(code)
+        end(code)
     raise typer.Exit(code)
 
 

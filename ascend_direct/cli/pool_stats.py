@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ascend_direct.cli import pool
+from ascend_direct.cli.conventions import Config, complain, option
 from ascend_direct.config import MIB, DirectConfig
 from ascend_direct.errors import ConfigError, StoreUnavailable
 from ascend_direct.store.meta_service import MetaServiceHttp
@@ -34,10 +34,9 @@ _STORED = re.compile(
     r'^sglang:cached_tokens_total\{[^}]*cache_source="storage[^}]*\} (\S+)$', re.MULTILINE
 )
 
-Config = Annotated[str | None, pool._option("--config", "JSON or @file, as the servers have it.")]
 Servers = Annotated[
     list[str] | None,
-    pool._option("--server", "An SGLang server with --enable-metrics: its hits; may be repeated."),
+    option("--server", "An SGLang server with --enable-metrics: its hits; may be repeated."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
@@ -79,9 +78,7 @@ def _run(
         finally:
             http.close()
     except (ConfigError, StoreUnavailable) as error:
-        pool._complain(error)
-        bad = isinstance(error, ConfigError)
-        raise typer.Exit(pool.EXIT_CONFIG if bad else pool.EXIT_UNAVAILABLE) from None
+        raise typer.Exit(complain(error)) from None
     if as_json:
         typer.echo(json.dumps(found))
     else:

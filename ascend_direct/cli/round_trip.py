@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ascend_direct.cli import pool
+from ascend_direct.cli.conventions import EXIT_OK, end, take_stdout
 from ascend_direct.cli.pool_clear import client_store
 from ascend_direct.device import Device
 from ascend_direct.errors import ConfigError, StoreError
@@ -70,7 +70,7 @@ def trial(store: PageStore) -> dict[str, Any]:
 
 def main() -> None:
     """Say what came of it, and end."""
-    out = pool._take_stdout()
+    out = take_stdout()
 
     def say(event: dict[str, Any]) -> None:
         print(json.dumps(event), file=out, flush=True)
@@ -82,7 +82,7 @@ def main() -> None:
     except (ConfigError, StoreError) as error:
         reasons = error.reasons if isinstance(error, ConfigError) else [f"{error}."]
         say({"ok": False, "problem": " ".join(reasons)})
-    pool._end(pool.EXIT_OK)
+    end(EXIT_OK)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ class ModelShape:
         if self.is_mla:
             return self.kv_bytes_per_token
         if self.kv_heads % tp_size and tp_size % self.kv_heads:
-            raise ConfigError([f"--tp {tp_size} does not divide {self.kv_heads} KV heads evenly."])
+            what = f"--tp {tp_size} does not divide {self.kv_heads} KV heads evenly"
+            raise ConfigError([f"{what}: use a multiple or a divisor."])
         return self.kv_bytes_per_token // self.kv_heads * max(1, self.kv_heads // tp_size)
 
 
@@ -69,9 +70,9 @@ def read_shape(path: Path) -> ModelShape:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError([f"--model-config {path}: {error}."]) from None
+        raise ConfigError([f"--model-config {path}: {error}; give a model's folder."]) from None
     if not isinstance(config, dict):
-        raise ConfigError([f"--model-config {path}: not a JSON object."])
+        raise ConfigError([f"--model-config {path}: no JSON object; give a model's folder."])
     name = config.get("_name_or_path") or (file.parent.name or file.name)
     inner = config.get("text_config")
     return shape_of(inner if isinstance(inner, dict) else config, str(name))
@@ -85,7 +86,8 @@ def shape_of(config: Mapping[str, Any], name: str) -> ModelShape:
     """
     mixed = [kind for kind in config.get("layer_types") or () if kind in UNPLANNED]
     if mixed:
-        raise ConfigError([f"--model-config: layers of kind {mixed[0]} are not planned."])
+        why = "use a model whose layers are all full attention, as the cache itself needs"
+        raise ConfigError([f"--model-config: layers of kind {mixed[0]} are not planned: {why}."])
     fields = _Fields(config)
     dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")
     item_bytes = ITEM_BYTES.get(dtype.removeprefix("torch."), 2)
@@ -123,7 +125,8 @@ class _Fields:
     def __getitem__(self, name: str) -> int:
         value = self._config.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ConfigError([f"--model-config: {name} is {value!r}, not a positive number."])
+            what = f"--model-config: {name} is {value!r}, not a positive number"
+            raise ConfigError([f"{what}: config.json needs it."])
         return value
 
     def first(self, *names: str) -> int:

@@ -85,7 +85,7 @@ def read_trace(path: Path, block_tokens: int, page_tokens: int, in_seconds: bool
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ConfigError([f"--trace {path}: {error}."]) from None
+        raise ConfigError([f"--trace {path}: {error}; give a file of JSON lines."]) from None
     reasons: list[str] = []
     requests: list[Request] = []
     for number, line in enumerate(text.splitlines(), 1):
