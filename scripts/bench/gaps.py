@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from sglang_cpu.client import SGLangClient
 from sglang_cpu.models import KINDS, make_model
-from two_instances.cluster import Cluster, MemcachePool
+from two_instances.cluster import PATIENCE, Cluster, MemcachePool
 from two_instances.run import make_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,8 +35,6 @@ KINDS_OF_LOAD = ("idle", "device", "pool")
 # Tokens of the long answer: more than any run needs; it is ended when the prompts are through.
 LONG_ANSWER_TOKENS = 12_000
 IDLE_S = 3.0
-# On a busy machine a call may take longer than in production; a miss would prove nothing.
-PATIENCE = {"lookup_timeout_ms": 5_000, "load_timeout_ms": 20_000}
 
 
 @dataclass
@@ -114,7 +112,7 @@ def measure(cluster: Cluster, mode: str, prompts: Sequence[Sequence[int]], say: 
     for number, prompt in enumerate(prompts, 1):
         a.generate(prompt, 1)
         say(f"{mode}: A computes prompt {number} of {len(prompts)}")
-    cluster.wait_stored(sum(len(prompt) // 64 for prompt in prompts), 60)
+    cluster.pool.wait_stored(sum(len(prompt) // 64 for prompt in prompts), 60)
     gaps = Gaps(mode)
     with _Answer(b) as answer:
         begin_s = time.perf_counter()

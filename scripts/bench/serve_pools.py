@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -30,7 +29,6 @@ from two_instances.cluster import MemcachePool, Pool, PoolProcessError
 POOL_SIZE = "768MB"
 START_TIMEOUT_S = 30.0
 STOP_GRACE_S = 8.0
-CLEAR_TIMEOUT_S = 60.0
 LOG_TAIL_LINES = 15
 
 _BIN = Path(sys.executable).parent
@@ -57,20 +55,6 @@ class MemcacheServePool(MemcachePool, ServePool):
 
     def __init__(self) -> None:
         super().__init__(member_size=POOL_SIZE)
-
-    def clear(self) -> None:
-        command = [str(_BIN / "ascend-direct"), "pool", "clear", "--everything", "--yes"]
-        done = subprocess.run(
-            [*command, "--config", json.dumps(self.options())],
-            env={**os.environ, **self.environment()},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=CLEAR_TIMEOUT_S,
-            check=False,
-        )
-        if done.returncode:
-            raise PoolProcessError(f"the pool could not be emptied: {done.stdout}{done.stderr}")
 
 
 class MooncakePool(ServePool):

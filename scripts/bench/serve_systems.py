@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_cpu.server import LAUNCHER, SGLangServer
-from two_instances.cluster import FLAG, Progress
+from two_instances.cluster import Progress, linked_args
 
 from bench.serve_pools import MemcacheServePool, MooncakePool, ServePool
 
@@ -63,7 +63,7 @@ class System:
 
 def _ours(title: str, *, by_default: bool = True, **direct: Any) -> System:
     def arguments(pool: Mapping[str, Any]) -> Sequence[str]:
-        return [FLAG, "--hierarchical-cache-direct-config", json.dumps({**pool, **direct})]
+        return linked_args({**pool, **direct})
 
     return System(
         title, arguments, MemcacheServePool, plugins="ascend_direct", by_default=by_default

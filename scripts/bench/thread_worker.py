@@ -91,6 +91,19 @@ class TimedNative:
         return timed
 
 
+def _kv_pool(tokens: int) -> Any:
+    return MHATokenToKVPool(
+        size=tokens,
+        page_size=PAGE_TOKENS,
+        layer_num=LAYERS,
+        head_num=HEADS,
+        head_dim=HEAD_DIM,
+        dtype=torch.bfloat16,
+        device="cpu",
+        enable_memory_saver=False,
+    )
+
+
 def tree_of(config: dict[str, Any], pages: int) -> Any:
     """SGLang's radix cache as a scheduler process builds it, with a pool for `pages` pages."""
     load_plugins()
@@ -104,21 +117,13 @@ def tree_of(config: dict[str, Any], pages: int) -> Any:
     args.check_server_args()
     publish(args, role="scheduler")
     tokens = pages * PAGE_TOKENS
-    sizes = {"size": tokens, "page_size": PAGE_TOKENS, "layer_num": LAYERS, "head_num": HEADS}
-    pool = MHATokenToKVPool(
-        **sizes,
-        head_dim=HEAD_DIM,
-        dtype=torch.bfloat16,
-        device="cpu",
-        enable_memory_saver=False,
-    )
     params = CacheInitParams(
         disable=False,
         req_to_token_pool=ReqToTokenPool(
             size=8, max_context_len=tokens, device="cpu", enable_memory_saver=False
         ),
         token_to_kv_pool_allocator=PagedTokenToKVPoolAllocator(
-            tokens, PAGE_TOKENS, torch.bfloat16, "cpu", pool, need_sort=False
+            tokens, PAGE_TOKENS, torch.bfloat16, "cpu", _kv_pool(tokens), need_sort=False
         ),
         page_size=PAGE_TOKENS,
         tree_core_backend="rust",

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The ascend_direct authors
 
-"""What `verify` costs: puts and gets of one store, with digests for none, some and all pages.
+"""What the option `verify` costs a store: puts and gets with digests for none, some and all pages.
 
-    PYTHONPATH=scripts .venv/bin/python -m bench.verify_cost --store memcache
-
-Rounds are interleaved and read pages are compared with what was put. On the driver emulation the
-figures say what verification adds on this CPU, never how fast an NPU is.
+Owns the measurement of one store; what digests are is store/verified's.
 """
 
 from __future__ import annotations
@@ -39,13 +36,18 @@ MODES = ("off", "sample", "all")
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Options of the command."""
     parser = argparse.ArgumentParser(
-        prog="bench.verify_cost", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="scripts/bench/verify_cost",
+        description="Measure what the option verify costs: pages are put and got with verify off, "
+        "sample and all, in turns, and compared with what was put. On the driver emulation the "
+        "figures say what it adds on this CPU, never how fast an NPU is.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--store", choices=("memcache", "local"), default="memcache")
-    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
-    parser.add_argument("--pages", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--store", choices=("memcache", "local"), default="memcache", help="kind of pool")
+    add("--shape", choices=SHAPES, default="qwen2.5-0.5b", help="model whose pages are moved")
+    add("--pages", type=int, default=32, help="of one call")
+    add("--rounds", type=int, default=15, help="repetitions; medians are shown")
+    add("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 from sglang_cpu.models import make_model
-from two_instances.cluster import Cluster, MemcachePool
+from two_instances.cluster import PATIENCE, Cluster, MemcachePool
 
 from ascend_direct.cli.planning import validation
 from ascend_direct.cli.planning.costs import Costs
@@ -41,8 +40,6 @@ BATCH_TOKENS = 8192
 # With it SGLang sends a batch's first tokens when the next one has been launched. On an NPU that is
 # at once, on a CPU the next one has then been computed: a delay that only this machine has.
 NO_OVERLAP = ("--disable-overlap-schedule",)
-# On a busy machine a call may take longer than in production; a miss would prove nothing.
-PATIENCE = {"lookup_timeout_ms": 5_000, "load_timeout_ms": 20_000}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -95,6 +92,7 @@ class Check:
     """One run on a cluster that is up."""
 
     options: argparse.Namespace
+    pool: MemcachePool
     cluster: Cluster
     trace: Trace
     fleet: Fleet
@@ -131,11 +129,8 @@ class Check:
     def clear(self) -> None:
         """Nothing of before may be found, nor make others' pages go."""
         self.flush()
-        command = [str(Path(sys.executable).parent / "ascend-direct"), "pool", "clear", "--yes"]
-        command += ["--config", json.dumps(self.cluster.pool.options())]
-        environment = {**os.environ, **self.cluster.pool.environment()}
-        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
-        if left := self.cluster.pool.stored_pages():
+        self.pool.clear()
+        if left := self.pool.stored_pages():
             raise NotAsExpected(f"{left} pages are still in the pool")
 
     def gap_s(self, costs: Costs) -> float:
@@ -155,7 +150,7 @@ class Check:
         """Until the pool's pages are the same for a while."""
         held, since_s = -1, time.monotonic()
         while time.monotonic() - since_s < 0.3:
-            now = self.cluster.pool.stored_pages()
+            now = self.pool.stored_pages()
             if now != held:
                 held, since_s = now, time.monotonic()
             time.sleep(0.05)
@@ -174,8 +169,9 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
     )
     arguments = ["--page-size", str(options.page_size), "--chunked-prefill-size", str(BATCH_TOKENS)]
     arguments += ["--max-total-tokens", str(options.device_tokens), *NO_OVERLAP]
+    pool = MemcachePool(member_size=options.pool_size)
     with Cluster(
-        MemcachePool(member_size=options.pool_size),
+        pool,
         model,
         arguments,
         direct=PATIENCE,
@@ -183,7 +179,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
         log_dir=options.out / "logs",
         progress=say,
     ) as cluster:
-        check = Check(options, cluster, trace, fleet, say)
+        check = Check(options, pool, cluster, trace, fleet, say)
         calibration, timed, answers = check.rounds()
     costs = calibration.costs(f"measured by scripts/plan_check, {time.strftime('%Y-%m-%d')}")
     outcome = Simulation(timed, fleet, costs).run()

@@ -15,7 +15,8 @@ from pathlib import Path
 from rich.console import Console
 from sglang_cpu.models import KINDS, make_model
 from sglang_cpu.server import SGLangServer
-from two_instances.cluster import MemcachePool
+from two_instances.cluster import PATIENCE, MemcachePool
+from two_instances.report import print_verdict, write_json
 
 from prefill_decode import report
 from prefill_decode.conversations import Conversation, Result, judge, stored_pages
@@ -23,8 +24,6 @@ from prefill_decode.nodes import Nodes
 
 ROOT = Path(__file__).resolve().parents[2]
 LINKED, PLAIN = "with offload", "without offload"
-# Long enough for a CPU that shares two cores with two other servers.
-PATIENCE = {"lookup_timeout_ms": 2_000, "load_timeout_ms": 20_000}
 
 
 def parse() -> argparse.Namespace:
@@ -75,7 +74,15 @@ def converse(
                 )
         # The client thinks; meanwhile the last pages arrive. The plain node's prompts count too.
         wanted = before + stored_pages(result.of(LINKED), options.page_size)
-        nodes.wait_stored(wanted, timeout_s=5.0)
+        nodes.pool.wait_stored(wanted, timeout_s=5.0)
+
+
+def _show(result: Result, out: Path, console: Console) -> None:
+    """Tables, verdict and files."""
+    report.print_table(result, LINKED, PLAIN, console)
+    print_verdict(result, len(result.turns), console)
+    write_json(result, out / "result.json")
+    report.write_picture(result, LINKED, PLAIN, out / "result.png")
 
 
 def main() -> int:
@@ -118,10 +125,7 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("interrupted; everything that was started has been stopped")
         return 130
-    report.print_table(result, LINKED, PLAIN, console)
-    report.print_verdict(result, console)
-    report.write_json(result, options.out / "result.json")
-    report.write_picture(result, LINKED, PLAIN, options.out / "result.png")
+    _show(result, options.out, console)
     console.print(
         f"{options.out}/result.json, result.png, logs/   {time.monotonic() - begin_s:.0f} s"
     )

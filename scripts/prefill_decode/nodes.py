@@ -9,7 +9,6 @@ are sglang_cpu.server's, the pool is two_instances.cluster's. Everything started
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from typing import Any
 from sglang_cpu.client import RequestError, SGLangClient
 from sglang_cpu.process_tree import ProcessTree
 from sglang_cpu.server import LOOPBACK, SGLangServer, free_port
-from two_instances.cluster import FLAG, Pool
+from two_instances.cluster import Pool, linked_args
 
 ROUTER_START_TIMEOUT_S = 90.0
 # SGLang serves disaggregation on GPUs and NPUs; these make it run between CPU processes.
@@ -162,8 +161,7 @@ class Nodes:
         plugins = ["pd_on_cpu"]
         env = dict(CPU_ENV)
         if linked:
-            config = json.dumps({**self.pool.options(), **self._direct})
-            args += [FLAG, "--hierarchical-cache-direct-config", config]
+            args += linked_args({**self.pool.options(), **self._direct})
             plugins.append("ascend_direct")
             env |= self.pool.environment()
         server = SGLangServer(
@@ -194,10 +192,3 @@ class Nodes:
         """Start a decode node that has ended; its router finds it again by itself."""
         self.servers[name].start()
         self.servers[name].wait_ready()
-
-    def wait_stored(self, pages: int, timeout_s: float = 30.0) -> int:
-        """Wait until the pool holds that many pages; returns how many it holds."""
-        deadline_s = time.monotonic() + timeout_s
-        while (held := self.pool.stored_pages()) < pages and time.monotonic() < deadline_s:
-            time.sleep(0.05)
-        return held

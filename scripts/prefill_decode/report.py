@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The ascend_direct authors
 
-"""What the turns look like: a table in the terminal, a JSON file, a picture."""
+"""What the turns look like: a table in the terminal and a picture. Verdicts are two_instances'."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import mean
 
@@ -53,24 +52,6 @@ def _origins(turns: list[Turn]) -> dict[str, float]:
         "pool": mean(turn.pool_tokens for turn in turns),
         "computed": mean(turn.computed_tokens for turn in turns),
     }
-
-
-def print_verdict(result: Result, console: Console) -> None:
-    """The last lines: what was proved, or everything that was not."""
-    for name, value in result.facts.items():
-        console.print(f"  {name}: {value}")
-    if result.problems:
-        console.print(f"[bold red]FAILED[/]: {len(result.problems)} problem(s)")
-        for problem in result.problems[:20]:
-            console.print(f"  [red]*[/] {problem}")
-        return
-    count = len(result.turns)
-    console.print(f"[bold green]PASSED[/]: all {count} answers equal those without any cache.")
-
-
-def write_json(result: Result, path: Path) -> None:
-    """Every turn and the verdict."""
-    path.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
 
 
 def write_picture(result: Result, linked: str, plain: str, path: Path) -> None:

@@ -13,12 +13,9 @@ and the answer to a prompt whose cached KV is wrong would look right.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
 import shutil
-import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -365,44 +362,3 @@ def make_model(
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return out
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="models.py",
-        description="Make a small random-weight model that SGLang serves on a CPU.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="Example: models.py models/gqa gqa --size demo. The same arguments give the same "
-        "bytes; a second call returns at once. float32 is the default because greedy answers of "
-        "random weights in bfloat16 can differ between two equally right ways to compute them.",
-    )
-    parser.add_argument("out", type=Path, help="folder of the model (made, or replaced if ours)")
-    parser.add_argument("kind", choices=KINDS, help="gqa=Qwen3, mla=DeepSeek-V2, mlamoe=its MoE")
-    parser.add_argument(
-        "--size",
-        choices=sorted(SHAPES),
-        default="tiny",
-        help="demo = ~24M parameters, wide = eight times its KV",
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and KV")
-    parser.add_argument("--layers", type=int, help="instead of the size's own")
-    parser.add_argument("--hidden", type=int, help="instead of the size's own; multiple of 32")
-    parser.add_argument("--seed", type=int, default=0, help="other seed, other weights")
-    parser.add_argument("--max-positions", type=int, default=16384, help="longest prompt + answer")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    arguments = vars(_parser().parse_args(argv))
-    try:
-        path = make_model(arguments.pop("out"), arguments.pop("kind"), **arguments)
-    except ModelError as error:
-        print(f"models.py: {error}", file=sys.stderr)
-        return 2
-    weights_bytes = os.path.getsize(path / "model.safetensors")
-    print(f"{path}  {weights_bytes / 1e6:.0f} MB of weights")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -9,17 +9,15 @@ steps are the same. The NPU half has been read, not run (rung E0).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from sglang_cpu.models import make_model
 from sglang_cpu.server import CPU_ARGS, SGLangServer, cpu_environment
-from two_instances.cluster import FLAG, MemcachePool, Progress
+from two_instances.cluster import PATIENCE, MemcachePool, Progress, linked_args
 
 NPU_ARGS = ("--device", "npu", "--attention-backend", "ascend")
-EMULATED_DIRECT = {"lookup_timeout_ms": 2_000, "load_timeout_ms": 20_000}
 START_TIMEOUT_S = 1800.0
 
 
@@ -60,9 +58,8 @@ class Place:
         self, pool: MemcachePool, model: Path, number: int, page_size: int, log: Path, say: Progress
     ) -> SGLangServer:
         """Server `number`, not started."""
-        direct = EMULATED_DIRECT if self.emulated else {}
-        config = json.dumps({**pool.options(), **direct})
-        args = ["--page-size", str(page_size), FLAG, "--hierarchical-cache-direct-config", config]
+        direct = PATIENCE if self.emulated else {}
+        args = ["--page-size", str(page_size), *linked_args({**pool.options(), **direct})]
         if not self.emulated:
             args += ["--base-gpu-id", str(number * self._tp_size)]
         return SGLangServer(

@@ -16,7 +16,7 @@ from sglang_cpu.models import KINDS, make_model
 
 from two_instances import report
 from two_instances.cluster import Cluster, LocalPool, MemcachePool, Pool
-from two_instances.run import Run, make_prompts
+from two_instances.run import Result, Run, make_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,6 +49,14 @@ def parse() -> argparse.Namespace:
     add("--restart", action="store_true", help="then restart both servers and ask again")
     add("--out", type=Path, default=ROOT / ".demo" / "result", help="where the files go")
     return parser.parse_args()
+
+
+def _show(result: Result, pool: str, out: Path, console: Console) -> None:
+    """Table, verdict and files."""
+    report.print_table(result, console)
+    report.print_verdict(result, len(result.answers), console)
+    report.write_json(result, out / "result.json")
+    report.write_picture(result, out / "result.png", f"Two SGLang servers, one {pool}")
 
 
 def main() -> int:
@@ -91,10 +99,7 @@ def main() -> int:
         console.print("interrupted; everything that was started has been stopped")
         return 130
     result.facts["pool"] = pool.name
-    report.print_table(result, console)
-    report.print_verdict(result, console)
-    report.write_json(result, options.out / "result.json")
-    report.write_picture(result, options.out / "result.png", f"Two SGLang servers, one {pool.name}")
+    _show(result, pool.name, options.out, console)
     console.print(
         f"{options.out}/result.json, result.png, logs/   {time.monotonic() - begin_s:.0f} s"
     )

@@ -26,15 +26,25 @@ from typing import Any
 import memcache_pool
 from sglang_cpu.server import LAUNCHER, SGLangServer
 
-FLAG = "--enable-hierarchical-cache-direct"
+from ascend_direct.names import CONFIG_FLAG, FLAG
+
 MEMBER_START_TIMEOUT_S = 60.0
+CLEAR_TIMEOUT_S = 60.0
 LOG_TAIL_LINES = 15
+# On a CPU that servers share a call may take longer than in production; a miss would prove nothing.
+PATIENCE = {"lookup_timeout_ms": 5_000, "load_timeout_ms": 20_000}
+_COMMAND = str(Path(sys.executable).parent / "ascend-direct")
 
 Progress = Callable[[str], None]
 
 
 class PoolProcessError(RuntimeError):
     """A process of the pool did not start or has ended; the message shows its log."""
+
+
+def linked_args(options: Mapping[str, Any]) -> list[str]:
+    """SGLang's arguments for a server that uses the cache."""
+    return [FLAG, CONFIG_FLAG, json.dumps(options)]
 
 
 class Pool(ABC):
@@ -57,6 +67,13 @@ class Pool(ABC):
     def environment(self) -> dict[str, str]:
         """What a server's process needs besides."""
         return {}
+
+    def wait_stored(self, pages: int, timeout_s: float = 30.0) -> int:
+        """Wait until it holds that many pages; returns how many it holds."""
+        deadline_s = time.monotonic() + timeout_s
+        while (held := self.stored_pages()) < pages and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        return held
 
     @abstractmethod
     def stored_pages(self) -> int:
@@ -156,7 +173,7 @@ class MemcachePool(Pool):
         return self._logs / f"member-{number}.log"
 
     def _spawn_member(self, log_path: Path) -> subprocess.Popen[bytes]:
-        command = [str(Path(sys.executable).parent / "ascend-direct"), "pool", "member"]
+        command = [_COMMAND, "pool", "member"]
         command += ["--config", json.dumps(self.options()), "--dram-size", self._member_size]
         with log_path.open("ab") as log:
             return subprocess.Popen(
@@ -205,6 +222,25 @@ class MemcachePool(Pool):
 
     def stored_pages(self) -> int:
         return len(self.meta.keys())
+
+    def clear(self) -> None:
+        """Remove every object; servers may be on it.
+
+        Raises:
+            PoolProcessError: it could not be emptied.
+        """
+        command = [_COMMAND, "pool", "clear", "--everything", "--yes"]
+        done = subprocess.run(
+            [*command, "--config", json.dumps(self.options())],
+            env={**os.environ, **self.environment()},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=CLEAR_TIMEOUT_S,
+            check=False,
+        )
+        if done.returncode:
+            raise PoolProcessError(f"the pool could not be emptied: {done.stdout}{done.stderr}")
 
 
 def _end(process: subprocess.Popen[bytes], timeout_s: float) -> None:
@@ -272,8 +308,7 @@ class Cluster:
         self._undo.close()
 
     def _add_servers(self) -> None:
-        config = json.dumps({**self.pool.options(), **self._direct})
-        linked = [*self._server_args, FLAG, "--hierarchical-cache-direct-config", config]
+        linked = [*self._server_args, *linked_args({**self.pool.options(), **self._direct})]
         for name, tp_size in self._tp_sizes.items():
             env = {"SGLANG_PLUGINS": "ascend_direct", **self.pool.environment()}
             self._add(name, linked, env, tp_size)
@@ -309,10 +344,3 @@ class Cluster:
         for name in chosen:
             self.servers[name].stop()
         self.start_servers(chosen)
-
-    def wait_stored(self, pages: int, timeout_s: float = 30.0) -> int:
-        """Wait until the pool holds that many pages; returns how many it holds."""
-        deadline_s = time.monotonic() + timeout_s
-        while (held := self.pool.stored_pages()) < pages and time.monotonic() < deadline_s:
-            time.sleep(0.05)
-        return held

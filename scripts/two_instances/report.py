@@ -7,11 +7,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
 
 from two_instances.run import Result
+
+
+class Proved(Protocol):
+    """What a demonstration has found, whichever it was."""
+
+    facts: dict[str, Any]
+    problems: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for a file."""
+
 
 COLOURS = {"computed": "#c8c8c8", "device": "#4c78a8", "storage": "#54a24b"}
 
@@ -34,21 +46,20 @@ def print_table(result: Result, console: Console) -> None:
     console.print(table)
 
 
-def print_verdict(result: Result, console: Console) -> None:
-    """The last lines: what was proved, or everything that was not."""
+def print_verdict(result: Proved, answers: int, console: Console) -> None:
+    """The last lines: the facts, and whether all was proved or what was not."""
+    for name, value in result.facts.items():
+        console.print(f"  {name}: {value}")
     if result.problems:
         console.print(f"[bold red]FAILED[/]: {len(result.problems)} problem(s)")
         for problem in result.problems[:20]:
             console.print(f"  [red]*[/] {problem}")
         return
-    for name, value in result.facts.items():
-        console.print(f"  {name}: {value}")
-    count = len(result.answers)
-    console.print(f"[bold green]PASSED[/]: all {count} answers equal those without any cache.")
+    console.print(f"[bold green]PASSED[/]: all {answers} answers equal those without any cache.")
 
 
-def write_json(result: Result, path: Path) -> None:
-    """Every answer and the verdict."""
+def write_json(result: Proved, path: Path) -> None:
+    """All of it."""
     path.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
 
 

@@ -139,12 +139,12 @@ class Run:
         """Per prompt: no cache, A cold, A again, B; interleaved so that noise hits all alike."""
         self.warm_up()
         pages_per_prompt = (len(self._prompts[0]) - 1) // self._page_size
-        before = self._cluster.wait_stored(2 * pages_per_prompt)
+        before = self._cluster.pool.wait_stored(2 * pages_per_prompt)
         for number in range(len(self._prompts)):
             self.send("no cache", "no cache", number)
             self.send("A, first time", "A", number)
             expected = before + (number + 1) * pages_per_prompt
-            if self._cluster.wait_stored(expected) < expected:
+            if self._cluster.pool.wait_stored(expected) < expected:
                 self._tick("the pool does not hold all pages of this prompt; going on")
             self.send("A again (device hit)", "A", number)
             self.send("B (pool hit)", "B", number)

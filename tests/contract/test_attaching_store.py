@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,6 +16,7 @@ from ascend_direct.store.attach import AttachingStore
 from ascend_direct.store.base import PageStatus, StoreContext
 from tests.contract.store_contract import Arena, StoreContract, StoreFactory, new_keys
 from tests.fakes.memory_store import MemoryPool, MemoryStore
+from tests.waiting import eventually
 
 OK = PageStatus.OK
 
@@ -74,13 +74,6 @@ class TestAttached(StoreContract):
             return store
 
         return make
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never happened"
-        time.sleep(0.002)
 
 
 def test_a_pool_that_is_there_is_used_at_once(make: Make) -> None:

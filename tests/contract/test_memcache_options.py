@@ -34,24 +34,19 @@ from tests.contract.memcache_processes import (
 )
 from tests.contract.store_contract import new_keys
 from tests.contract.test_memcache_store import pytestmark  # noqa: F401  the same needs
+from tests.waiting import eventually
 
 import ascend_emulation  # isort: skip
 import memcache_pool  # isort: skip
 
 OK, MISSING, MISMATCH = PageStatus.OK, PageStatus.MISSING, PageStatus.MISMATCH
 LENGTHS = (96, 64)
+WAIT_S = 60.0
 
 
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(11)
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never happened"
-        time.sleep(0.1)
 
 
 def answers(call: Callable[[], list[PageStatus]]) -> list[PageStatus] | None:
@@ -83,14 +78,14 @@ def test_a_client_that_was_there_before_its_meta_service_attaches_when_it_appear
         assert answers(lambda: store.exists(keys)) is None
 
         meta.start()
-        eventually(lambda: store.unreachable() == "")
+        eventually(lambda: store.unreachable() == "", WAIT_S, poll_s=0.1)
         member = PoolMember(environment, {**section, "dram_size": "64MB"}, tmp_path / "log")
         stack.callback(member.kill)
         member.joined()
-        eventually(lambda: answers(lambda: store.exists(keys)) == [MISSING] * 4)
+        eventually(lambda: answers(lambda: store.exists(keys)) == [MISSING] * 4, WAIT_S, poll_s=0.1)
         arena.scramble(rng)
         expected = [arena.read(pages, row) for row in range(4)]
-        eventually(lambda: answers(lambda: store.put(keys, pages)) == [OK] * 4)
+        eventually(lambda: answers(lambda: store.put(keys, pages)) == [OK] * 4, WAIT_S, poll_s=0.1)
         arena.bytes[:] = 0
         assert store.get(keys, pages) == [OK] * 4
         assert [arena.read(pages, row) for row in range(4)] == expected

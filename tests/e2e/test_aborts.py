@@ -51,7 +51,7 @@ def store_with_a(cluster: Cluster, farm: Farm, prompts: list[list[int]]) -> None
     for prompt in prompts:
         ask(cluster.servers["A"], prompt, 1)
     pages = before + sum(len(prompt) // farm.page_size for prompt in prompts)
-    assert cluster.wait_stored(pages) >= pages
+    assert cluster.pool.wait_stored(pages) >= pages
 
 
 def outcome(request: Future[Generation]) -> str:

@@ -40,6 +40,6 @@ def test_a_namespace_loads_its_own_pages_and_nobody_elses(
             assert got.output_ids == truth
             if server is b:
                 assert got.cached_tokens == 0, f"{name}, number {number}, saw another's pages"
-                assert cluster.wait_stored(before + pages) == before + pages
+                assert cluster.pool.wait_stored(before + pages) == before + pages
             else:
                 assert got.cached_tokens_details["storage"] == pages * farm.page_size

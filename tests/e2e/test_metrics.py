@@ -37,7 +37,7 @@ def test_a_pool_hit_shows_in_the_servers_metrics(
     prompt = [dice.randint(3, 1000) for _ in range(700)]
     pages = cluster.pool.stored_pages()
     a.generate(prompt, 1)
-    cluster.wait_stored(pages + 10)
+    cluster.pool.wait_stored(pages + 10)
     before = exported(b)
     got = b.generate(prompt, 1, return_cached_tokens_details=True)
     assert got.cached_tokens_details["storage"] == 640

@@ -85,7 +85,7 @@ def test_concurrent_shared_and_disjoint_prompts_answer_as_without_a_cache(
     assert_same(first, truth, "A")
     assert tokens_by_tier(first)["storage"] == 0, "the prompts are new"
     pages = pages_before + distinct_pages(prompts, farm.page_size)
-    assert cluster.wait_stored(pages) >= pages
+    assert cluster.pool.wait_stored(pages) >= pages
     a.flush()
 
     second = send(b, prompts)

@@ -6,7 +6,6 @@ and again after the pool's MetaService was killed and started anew."""
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import time
@@ -18,6 +17,7 @@ import ascend_emulation
 import memcache_pool
 import pytest
 from sglang_cpu.server import SGLangServer
+from two_instances.cluster import linked_args
 
 from ascend_direct.errors import StoreUnavailable
 from ascend_direct.store.meta_service import require_listening
@@ -45,11 +45,9 @@ class World:
         self.section = {**COMMON, **self.meta.section}
         self._log = folder / "member.log"
         options = {"store": "memcache", "memcache": self.section, **LIMITS}
-        config = json.dumps({**options, "on_pool_unavailable": "degrade"})
-        flag = "--enable-hierarchical-cache-direct"
         self.server = SGLangServer(
             model,
-            ["--page-size", "16", flag, "--hierarchical-cache-direct-config", config],
+            ["--page-size", "16", *linked_args({**options, "on_pool_unavailable": "degrade"})],
             env={"SGLANG_PLUGINS": "ascend_direct", **self.environment},
             name="before its pool",
             log_path=folder / "server.log",

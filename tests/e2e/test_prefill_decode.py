@@ -4,7 +4,7 @@
 """Prefill and decode nodes of different TP sizes on one pool: what decode generated is not computed
 again, and nothing that happens while it generates hurts the others.
 
-E2E_PD_REQUESTS sets the number of requests of the leak test; 500 is the default everywhere.
+E2E_PD_REQUESTS sets the number of requests of the leak test; 500 if it is not set (CI sends fewer).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def hold(nodes: Nodes, conversations: int, turns: int) -> list[Any]:
     for _ in range(turns):
         with ThreadPoolExecutor(conversations) as pool:
             done += pool.map(lambda talk: talk.ask(router, QUESTION_TOKENS, ANSWER_TOKENS), talks)
-        nodes.wait_stored(before + stored_pages(done, PAGE_SIZE), timeout_s=10.0)
+        nodes.pool.wait_stored(before + stored_pages(done, PAGE_SIZE), timeout_s=10.0)
     return done
 
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The ascend_direct authors
 
-"""The original proposal's accuracy test: long prompts, twice over two servers, then after restart.
+"""The accuracy test of the original proposal (SGLang PR 14056).
 
-E2E_PROMPTS sets their number; 100, the proposal's, is the default everywhere.
+Long prompts, twice over two servers, then after a restart.
+
+E2E_PROMPTS sets their number; 100, as there, if it is not set (CI sends fewer).
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ def test_long_prompts_answer_the_same_from_both_servers_and_after_a_restart(
     tiers = repeat.report("no cache").tokens_by_tier
     assert tiers["A"]["storage"] == 0, "the prompts are new"
     pages = PROMPTS * ((PROMPT_TOKENS - 1) // farm.page_size)
-    assert cluster.wait_stored(pages_before + pages) >= pages_before + pages
+    assert cluster.pool.wait_stored(pages_before + pages) >= pages_before + pages
     repeat.send("B", b)
     cluster.restart()
     half = PROMPTS // 2

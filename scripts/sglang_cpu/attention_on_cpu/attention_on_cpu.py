@@ -84,18 +84,32 @@ def extend(
     for request, total, prefix, new in lengths:
         slots = req_to_token[request, :total]
         keys, values = k_cache[slots].transpose(0, 1), v_cache[slots].transpose(0, 1)
-        for first in range(0, new, BLOCK_TOKENS):
-            count = min(BLOCK_TOKENS, new - first)
-            seen = prefix + first + count
-            block = slice(begin + first, begin + first + count)
-            answer = scaled_dot_product_attention(
-                query[block].transpose(0, 1).unsqueeze(0),
-                keys[None, :, :seen].to(query.dtype),
-                values[None, :, :seen].to(query.dtype),
-                attn_mask=torch.ones(count, seen, dtype=torch.bool).tril(seen - count),
-                scale=scaling,
-                enable_gqa=enable_gqa,
-            )
-            output[block] = answer.squeeze(0).transpose(0, 1)
+        rows = slice(begin, begin + new)
+        _attend(query[rows], output[rows], keys, values, prefix, scaling, enable_gqa)
         begin += new
     return output
+
+
+def _attend(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    prefix: int,
+    scaling: float | None,
+    enable_gqa: bool,
+) -> None:
+    """One prompt: query, output [new tokens, heads, size]; keys, values [heads, all, size]."""
+    for first in range(0, len(query), BLOCK_TOKENS):
+        block = slice(first, min(first + BLOCK_TOKENS, len(query)))
+        count = block.stop - first
+        seen = prefix + block.stop
+        answer = scaled_dot_product_attention(
+            query[block].transpose(0, 1).unsqueeze(0),
+            keys[None, :, :seen].to(query.dtype),
+            values[None, :, :seen].to(query.dtype),
+            attn_mask=torch.ones(count, seen, dtype=torch.bool).tril(seen - count),
+            scale=scaling,
+            enable_gqa=enable_gqa,
+        )
+        output[block] = answer.squeeze(0).transpose(0, 1)
