@@ -27,11 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO_TIMEOUT_S = 600
 
 
-@pytest.mark.usefixtures("no_servers")
-def test_the_demo_passes_and_leaves_its_table_json_and_picture(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "two_instances", "--store", "local", "--size", "tiny"]
+def run(program: str, *options: str, out: Path) -> dict[str, Any]:
+    """What a demonstration that passes has left in its JSON."""
     done = subprocess.run(
-        [*command, "--prompts", "1", "--out", str(tmp_path)],
+        [sys.executable, "-m", program, "--size", "tiny", *options, "--out", str(out)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT / "scripts")},
         stdout=subprocess.PIPE,
@@ -42,10 +41,26 @@ def test_the_demo_passes_and_leaves_its_table_json_and_picture(tmp_path: Path) -
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert "PASSED" in done.stdout
-    result = json.loads((tmp_path / "result.json").read_text())
+    assert (out / "result.png").read_bytes().startswith(b"\x89PNG")
+    result: dict[str, Any] = json.loads((out / "result.json").read_text())
     assert result["ok"]
+    return result
+
+
+@pytest.mark.usefixtures("no_servers")
+def test_the_demo_passes_and_leaves_its_table_json_and_picture(tmp_path: Path) -> None:
+    result = run("two_instances", "--store", "local", "--prompts", "1", out=tmp_path)
     assert {answer["phase"] for answer in result["answers"]} >= {"no cache", "B (pool hit)"}
-    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.memcache
+@pytest.mark.pd
+@pytest.mark.usefixtures("no_servers")
+def test_the_demo_of_decode_offload_finds_what_was_generated_in_the_pool(tmp_path: Path) -> None:
+    talk = ("--conversations", "1", "--turns", "2", "--question-tokens", "32")
+    result = run("prefill_decode", *talk, "--answer-tokens", "160", out=tmp_path)
+    linked = [turn for turn in result["turns"] if turn["node"] == "with offload"]
+    assert [turn["pool_tokens"] > 0 for turn in linked] == [False, True]
 
 
 @pytest.mark.parametrize("cluster", ["faults"], indirect=True)
