@@ -38,7 +38,8 @@ from ascend_direct.transfer import LoadOutcome, StoreJob
 logger = logging.getLogger(__name__)
 
 
-# Of lookup_timeout_ms: what one round may spend on asking the pool.
+# Of lookup_timeout_ms: what one round may spend on asking the pool. A slow answer is no failure, but
+# many of them in one round would hold up those who decode.
 ROUND_TIMEOUTS = 2
 
 
@@ -82,7 +83,6 @@ class CacheControllerDirect(UnifiedCacheLinker):
         self._loaded_pages = 0
         self._suspects = Suspects()
         self._memo = LookupMemo(parts.config.lookup_memo_ms / 1e3)
-        # Slow answers are no failures, but many in one round would hold up those who decode.
         self._asked_s = 0.0
         self._page_size = params.page_size
         self._min_pages = -(-parts.config.min_load_tokens // params.page_size)
