@@ -72,7 +72,7 @@ def read_shape(path: Path) -> ModelShape:
     except (OSError, ValueError) as error:
         raise ConfigError([f"--model-config {path}: {error}; give a model's folder."]) from None
     if not isinstance(config, dict):
-        raise ConfigError([f"--model-config {path}: no JSON object; give a model's folder."])
+        raise ConfigError([f"--model-config {path}: not a JSON object; give a model's folder."])
     name = config.get("_name_or_path") or (file.parent.name or file.name)
     inner = config.get("text_config")
     return shape_of(inner if isinstance(inner, dict) else config, str(name))
