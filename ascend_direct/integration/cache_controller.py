@@ -38,8 +38,8 @@ from ascend_direct.transfer import LoadOutcome, StoreJob
 logger = logging.getLogger(__name__)
 
 
-# Of lookup_timeout_ms: what one round may spend on asking the pool. A slow answer is no failure, but
-# many of them in one round would hold up those who decode.
+# Of lookup_timeout_ms: what one round may spend on asking the pool. A slow answer is no failure,
+# but many of them in one round would hold up those who decode.
 ROUND_TIMEOUTS = 2
 
 
