@@ -125,7 +125,13 @@ PANELS: tuple[tuple[str, str, tuple[Query, ...]], ...] = (
     (
         "Lookups",
         "short",
-        _rates(1, all="lookups", from_memo="lookups_from_memo", timed_out="lookups_timed_out"),
+        _rates(
+            1,
+            all="lookups",
+            from_memo="lookups_from_memo",
+            timed_out="lookups_timed_out",
+            put_off="lookups_put_off",
+        ),
     ),
     (
         "Pages per second",
