@@ -81,13 +81,8 @@ class DecodeOffload:
 
     def _compare_peers(self, kv_manager: Any) -> None:
         mine = kv_manager.attn_tp_size
-        others = {
-            info.attn_tp_size
-            for info in list(
-                kv_manager.prefill_info_table.values()
-            )  # its heartbeat thread drops nodes
-            if info.attn_tp_size != mine
-        }
+        nodes = list(kv_manager.prefill_info_table.values())  # a heartbeat thread drops some
+        others = {info.attn_tp_size for info in nodes if info.attn_tp_size != mine}
         (worst,) = self._controller.ranks.smallest([-max(others, default=0)])
         if worst:
             self._same_tp_only = False
