@@ -52,6 +52,7 @@ class Walk:
         self._chaos = chaos
         for instance in instances:  # seconds of pause would leave nothing to test
             instance.controller.engine._breaker = Breaker(5, 0.01, 0.02)
+            instance.controller.engine._load_breaker = Breaker(5, 0.01, 0.02)
         self._actions: dict[Callable[[Instance], bool], int] = {
             self._submit: 24,
             self._prefill: 36,
